@@ -1,0 +1,43 @@
+"""Stage 1: the KL autoencoder, on random crops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import architecture
+from .data import ScenePool
+from .stage import Stage
+
+KL_WEIGHT = 1e-4
+CROP, BATCH = 64, 16
+
+
+def build():
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(**architecture.VAE)
+
+
+def stage(folder: Path, seconds: float, max_steps: int = 40_000) -> Stage:
+    torch.manual_seed(1)
+    return Stage("vae", build(), folder, seconds, max_steps, lr=1.5e-3)
+
+
+def train(folder: Path, seconds: float, pool: ScenePool) -> Stage:
+    """L1 + MSE reconstruction with a small KL term; crops of 64 pixels show every texture and edge."""
+    run = stage(folder, seconds)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        x = pool.crops(BATCH, CROP, generator).to(run.device)
+        posterior = run.model.encode(x).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
+        y = run.model.decode(posterior.mean + posterior.std * noise).sample.float()
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).float().mean()
+        return F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + KL_WEIGHT * kl
+
+    run.run(loss)
+    return run
