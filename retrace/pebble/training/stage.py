@@ -99,7 +99,7 @@ class Stage:
             self.elapsed += time.monotonic() - start
             if self.step % 50 == 0:
                 self.losses.append([self.step, round(float(value.detach()), 6)])
-                log.info("%s step %d, %.0f s, loss %.5f", self.name, self.step, self.elapsed, value)
+                log.info("%s step %d, %.0f s, loss %.5f", self.name, self.step, self.elapsed, value.detach())
             if time.monotonic() - saved > self.save_every:
                 self.save()
                 saved = time.monotonic()

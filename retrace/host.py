@@ -1,0 +1,158 @@
+"""The Host protocol: all that an editing method may ask of a model.
+
+Methods are plain functions of a :class:`Denoiser`, ``D(x, sigma, cond)``. A host (ComfyUI, diffusers) opens a denoiser
+with :meth:`Host.run`, after it has moved the weights to the device and prepared the conditioning.
+
+Noisy latents follow k-diffusion: ``x = x0 + sigma * noise`` for eps and v models, ``x = (1 - sigma) * x0 + sigma * noise``
+for flow models. All latents here are in the model's own scale (the VAE scale factor is already applied).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Parametrisation = Literal["eps", "v", "flow"]
+T = TypeVar("T")
+
+
+class Conditioning(Protocol):
+    """A text condition of one host: embedding, pooled vector, size ids, areas, whatever that host supports."""
+
+    @property
+    def embedding(self) -> Tensor:
+        """Token embeddings ``[B, T, D]`` (B is 1 or the number of images)."""
+        ...
+
+    def with_embedding(self, embedding: Tensor) -> Conditioning:
+        """The same condition with other token embeddings; gradients flow to them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one batch row of an attention call belongs to: condition number ``cond`` of image ``image``.
+
+    ``cond`` counts the conditions in the order they were given to :meth:`Denoiser.denoised_each` (or, inside a core
+    ComfyUI sampler, 0 = positive and 1 = negative).
+    """
+
+    cond: int
+    image: int
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One attention layer about to run."""
+
+    kind: Literal["self", "cross"]
+    block: str  # "down.0", "mid.0", "up.2": names of diffusers, without the "_blocks"
+    index: int  # running number of the transformer block in the network, in the order it runs
+    height: int  # resolution of the queries
+    width: int
+    rows: tuple[Row, ...]
+    sigma: float
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]  # what the layer would do: softmax(q k^T / sqrt(d)) v
+
+
+class AttentionHook(Protocol):
+    """Replaces attention layers: gets q ``[rows, heads, N, dim]``, k and v ``[rows, heads, M, dim]``, returns q's shape."""
+
+    def __call__(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """A model that is loaded and ready: ``D(x, sigma, cond)``, an estimate of the clean latent."""
+
+    parametrisation: Parametrisation
+    device: torch.device
+    evaluations: int  # network forward passes so far, counted per sample and condition
+
+    def denoised(self, x: Tensor, sigma: Tensor | float, cond: Conditioning) -> Tensor:
+        """The clean estimate ``[B, C, h, w]`` for ``x`` at noise level ``sigma`` (scalar or ``[B]``)."""
+        ...
+
+    def denoised_each(self, x: Tensor, sigma: Tensor | float, conds: Sequence[Conditioning]) -> list[Tensor]:
+        """One estimate per condition, in one batch where the host and its memory allow."""
+        ...
+
+    def differentiable(self) -> AbstractContextManager[None]:
+        """Inside, gradients flow from :meth:`denoised` to ``x`` and to embeddings; the weights never require them."""
+        ...
+
+    def attention(self, hook: AttentionHook) -> AbstractContextManager[None]:
+        """Inside, every attention layer calls ``hook``."""
+        ...
+
+    def features(self, blocks: Sequence[str]) -> AbstractContextManager[dict[str, Tensor]]:
+        """Inside, the outputs ``[rows, C, h, w]`` of the decoder blocks named (``"up.0"`` ...) are kept, newest last."""
+        ...
+
+    def progress(self, step: int, total: int, denoised: Tensor | None = None) -> None:
+        """Report that ``step`` of ``total`` is done, show ``denoised`` as a preview, and stop if the user asked to."""
+        ...
+
+
+class Host(Protocol):
+    """A model with its text encoder and VAE, in whatever framework loaded it."""
+
+    name: str
+    parametrisation: Parametrisation
+    latent_channels: int
+    downscale: int  # image pixels per latent cell
+
+    def training_sigmas(self) -> Tensor:
+        """Noise levels of the training timesteps, ascending ``[T]``."""
+        ...
+
+    def sigmas(self, scheduler: str, steps: int) -> Tensor:
+        """``[steps + 1]`` descending noise levels of the host's scheduler of that name, the last one 0."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A short digest of weights and configuration: equal for equal models."""
+        ...
+
+    def encode_text(self, prompt: str) -> Any: ...
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Images ``[B, H, W, 3]`` in 0..1 to latents (posterior mean) ``[B, C, h, w]``."""
+        ...
+
+    def decode_latent(self, latent: Tensor) -> Tensor:
+        """Latents to images ``[B, H, W, 3]`` in 0..1."""
+        ...
+
+    def decode_differentiable(self, latent: Tensor) -> Tensor:
+        """Latents to images ``[B, 3, H, W]`` around -1..1, unclamped, with gradients to ``latent``."""
+        ...
+
+    def run(
+        self,
+        latent: Tensor,
+        conds: Mapping[str, Any],
+        method: Callable[[Denoiser, Tensor, Mapping[str, Conditioning]], T],
+    ) -> T:
+        """Load the model for latents of this shape and call ``method(denoiser, latent, conditions)``.
+
+        ``conds`` holds this host's raw text conditions by name; the method gets them prepared under the same names.
+        """
+        ...
+
+
+def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor | float, parametrisation: Parametrisation) -> Tensor:
+    """The forward process: ``x0`` brought to noise level ``sigma``."""
+    if parametrisation == "flow":
+        return (1 - sigma) * x0 + sigma * noise
+    return x0 + sigma * noise
+
+
+def guided(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance on clean estimates (Ho & Salimans 2022, eq. 6; linear, so eps and x0 agree)."""
+    return uncond + scale * (cond - uncond)
