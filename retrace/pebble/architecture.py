@@ -26,14 +26,14 @@ VAE: dict[str, Any] = {
     "sample_size": IMAGE_SIZE,
 }
 
-# UNet with self- and cross-attention on its two upper levels, like SD1.5 on its three.
+# UNet with self- and cross-attention at 16x16 and 8x8 latents.
 UNET: dict[str, Any] = {
     "sample_size": IMAGE_SIZE // DOWNSCALE,
     "in_channels": LATENT_CHANNELS,
     "out_channels": LATENT_CHANNELS,
-    "block_out_channels": (64, 128, 192),
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "block_out_channels": (64, 128),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2,
     "layers_per_block": 1,
     "cross_attention_dim": TEXT_WIDTH,
     "attention_head_dim": NUM_HEADS,  # diffusers reads this as the number of heads for SD1.x UNets
