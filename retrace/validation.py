@@ -1,0 +1,238 @@
+"""Checks of what arrives from outside: every message names the input, what arrived, what is needed and what to do.
+
+Nothing is repaired silently. The one liberty: resizing filters overshoot a little, so values up to :data:`OVERSHOOT`
+beyond 0..1 are clamped, as saving the picture would do; anything further off is an error.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .errors import InvalidImage, InvalidSchedule
+
+OVERSHOOT = 0.25
+"""How far bicubic and Lanczos resizing may leave 0..1 (a sharp white corner on black reaches about 1.2)."""
+
+
+def describe(value: object) -> str:
+    """Say what arrived, for an error message: shape and type of a tensor, class of anything else."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)} ({str(value.dtype).removeprefix('torch.')})"
+    if isinstance(value, dict):
+        return f"a dict with the keys {sorted(map(str, value))}"
+    return f"a {type(value).__name__}"
+
+
+def _tensor(name: str, value: object, needed: str) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    hint = " Take its 'samples' entry." if isinstance(value, dict) and "samples" in value else ""
+    raise InvalidImage(f"{name}: got {describe(value)}, but {needed} is needed.{hint}")
+
+
+def _not_empty(name: str, value: Tensor, needed: str) -> None:
+    if value.numel() == 0:
+        raise InvalidImage(
+            f"{name}: got {describe(value)}, which holds no values, but {needed} is needed. "
+            "Check the node before it: it gave an empty batch or a picture of size 0."
+        )
+
+
+def _finite(name: str, value: Tensor, cause: str) -> None:
+    bad = ~torch.isfinite(value)
+    if bad.any():
+        count = int(bad.sum())
+        raise InvalidImage(
+            f"{name}: {count} of {value.numel()} values of {describe(value)} are NaN or infinite, "
+            f"but finite values are needed. {cause}"
+        )
+
+
+def _unit_range(name: str, value: Tensor, advice: str) -> Tensor:
+    low, high = value.min().item(), value.max().item()
+    if low < -OVERSHOOT or high > 1 + OVERSHOOT:
+        raise InvalidImage(
+            f"{name}: values from {low:.4g} to {high:.4g} arrived in {describe(value)}, but 0 to 1 is needed. {advice}"
+        )
+    return value if low >= 0 and high <= 1 else value.clamp(0, 1)
+
+
+def check_image(name: str, image: object) -> Tensor:
+    """Return ``image`` [B,H,W,3] (float, 0..1) when it is one.
+
+    The tensor comes back as it is, except that an overshoot of at most :data:`OVERSHOOT` is clamped.
+
+    Raises:
+        InvalidImage: not a tensor, no batch dimension, one or four channels, channels first, integer type, no pixels,
+            NaN or infinity, values outside 0..1.
+    """
+    needed = "an image batch [B, H, W, 3] with float values 0..1"
+    image = _tensor(name, image, needed)
+    arrived = f"{name}: got {describe(image)}, but {needed} is needed."
+    if image.ndim == 3:
+        raise InvalidImage(
+            f"{arrived} There are three dimensions instead of four: if this is a mask, send it through "
+            "'Convert Mask to Image'; if it is one picture, add the batch dimension (image[None])."
+        )
+    if image.ndim != 4:
+        raise InvalidImage(f"{arrived} Connect an IMAGE output.")
+    channels = image.shape[-1]
+    if channels == 4:
+        raise InvalidImage(
+            f"{arrived} There is a fourth channel (RGBA): send the picture through 'Split Image with Alpha' and "
+            "connect the image output here (its mask output holds the transparency)."
+        )
+    if channels == 1:
+        raise InvalidImage(
+            f"{arrived} There is one channel (grey): repeat it three times (image.expand(-1, -1, -1, 3)); if this is "
+            "really a mask, send it through 'Convert Mask to Image' or connect it to a mask input."
+        )
+    if channels != 3:
+        first = (
+            " The channels seem to come first: move them last (image.movedim(1, -1))." if image.shape[1] == 3 else ""
+        )
+        raise InvalidImage(f"{arrived} There are {channels} channels.{first or ' Connect an RGB picture.'}")
+    if not image.is_floating_point():
+        raise InvalidImage(f"{arrived} Divide 8-bit values by 255 first (image.float() / 255).")
+    _not_empty(name, image, needed)
+    _finite(
+        name,
+        image,
+        "Look at the step that made the picture: a VAE in half precision is the usual cause (decode in 32-bit).",
+    )
+    return _unit_range(name, image, "Divide 0..255 values by 255; bring -1..1 values over with (x + 1) / 2.")
+
+
+def check_mask(name: str, mask: object, size: tuple[int, int] | None = None, allow_empty: bool = False) -> Tensor:
+    """Return ``mask`` [B,H,W] (float 0..1, 1 = edit) when it is one; a bool mask becomes float.
+
+    Args:
+        size: the (height, width) that the mask must have, usually that of the picture.
+        allow_empty: accept a mask that selects nothing at all.
+
+    Raises:
+        InvalidImage: not a tensor, two or four dimensions, integer type, no pixels, NaN, values outside 0..1, another
+            size, or (unless ``allow_empty``) a mask of the batch that is 0 everywhere.
+    """
+    needed = "a mask batch [B, H, W] with values 0..1 (1 = edit)"
+    mask = _tensor(name, mask, needed)
+    arrived = f"{name}: got {describe(mask)}, but {needed} is needed."
+    if mask.ndim == 2:
+        raise InvalidImage(
+            f"{arrived} The batch dimension is missing: add it (mask[None]), or make the mask with 'Load Image' or "
+            "'Convert Image to Mask'."
+        )
+    if mask.ndim == 4:
+        if mask.shape[-1] in (1, 3, 4):
+            raise InvalidImage(f"{arrived} This looks like an image: send it through 'Convert Image to Mask'.")
+        raise InvalidImage(f"{arrived} There is a channel dimension too many: remove it (mask[:, 0]).")
+    if mask.ndim != 3:
+        raise InvalidImage(f"{arrived} Connect a MASK output.")
+    if mask.dtype == torch.bool:
+        mask = mask.float()
+    if not mask.is_floating_point():
+        raise InvalidImage(f"{arrived} Divide 8-bit values by 255 first (mask.float() / 255).")
+    _not_empty(name, mask, needed)
+    _finite(name, mask, "Look at the step that made the mask, or draw it again.")
+    mask = _unit_range(name, mask, "Divide 0..255 values by 255, or send the mask through 'Threshold Mask'.")
+    empty = (mask.amax(dim=(1, 2)) <= 0).tolist()
+    if size is not None and tuple(mask.shape[1:]) != tuple(size):
+        # Core's Load Image answers a picture without transparency with 64x64 zeros: the size is not the real problem.
+        placeholder = tuple(mask.shape[1:]) == (64, 64) and all(empty)
+        advice = (
+            "An empty 64x64 mask is what 'Load Image' gives for a picture without transparency: draw a mask on the "
+            "picture (right click, 'Open in MaskEditor') or load one with 'Load Image (as Mask)'."
+            if placeholder
+            else "Resize the mask to the picture ('Resize Image/Mask'), or make it from the picture that is edited."
+        )
+        raise InvalidImage(
+            f"{name}: got {describe(mask)}, i.e. {mask.shape[2]}x{mask.shape[1]} pixels (width x height), "
+            f"but {size[1]}x{size[0]} is needed. {advice}"
+        )
+    if not allow_empty and any(empty):
+        which = "" if mask.shape[0] == 1 else f" Number {empty.index(True) + 1} of the {mask.shape[0]} masks is empty:"
+        raise InvalidImage(
+            f"{name}: got {describe(mask)} that is 0 everywhere, but a mask that selects something is needed.{which} "
+            "Paint the area to edit in white (1 = edit), or use 'Invert Mask' if it is the wrong way round."
+        )
+    return mask
+
+
+def check_latent(name: str, samples: object, channels: int | None = None) -> Tensor:
+    """Return the latent ``samples`` [B,C,H,W] (float, finite) when it is one, with ``channels`` channels if given.
+
+    Raises:
+        InvalidImage: not a tensor, not four dimensions, integer type, empty, NaN or infinity, another channel count.
+    """
+    wanted = "C" if channels is None else str(channels)
+    needed = f"a latent batch [B, {wanted}, H, W] of finite floats"
+    samples = _tensor(name, samples, needed)
+    arrived = f"{name}: got {describe(samples)}, but {needed} is needed."
+    if samples.ndim == 5:
+        raise InvalidImage(f"{arrived} Five dimensions are a video latent: use a model and VAE for still pictures.")
+    if samples.ndim != 4:
+        raise InvalidImage(f"{arrived} Connect a LATENT, for example from 'VAE Encode'.")
+    if not samples.is_floating_point():
+        raise InvalidImage(f"{arrived} Integers cannot be a latent: encode the picture with 'VAE Encode'.")
+    _not_empty(name, samples, needed)
+    if channels is not None and samples.shape[1] != channels:
+        raise InvalidImage(
+            f"{arrived} A latent with {samples.shape[1]} channels belongs to another kind of model: encode the picture "
+            "with the VAE of the model that is connected here."
+        )
+    _finite(
+        name,
+        samples,
+        "The latent is broken: encode the picture again (a VAE in half precision is the usual cause), or lower the "
+        "guidance of the step that made it.",
+    )
+    return samples
+
+
+def check_steps(name: str, steps: object, minimum: int = 1, maximum: int | None = None) -> int:
+    """Return ``steps`` when it is a whole number in ``minimum..maximum``.
+
+    Raises:
+        InvalidSchedule: not a whole number, or out of that range.
+    """
+    needed = f"a whole number of at least {minimum}" if maximum is None else f"a whole number {minimum} to {maximum}"
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise InvalidSchedule(f"{name}: got {steps!r} ({type(steps).__name__}), but {needed} is needed. Round it.")
+    if steps < minimum:
+        raise InvalidSchedule(f"{name}: got {steps}, but {needed} is needed. Raise it to {minimum} or more.")
+    if maximum is not None and steps > maximum:
+        raise InvalidSchedule(f"{name}: got {steps}, but {needed} is needed. Lower it to {maximum} or less.")
+    return steps
+
+
+def match_batch(mask: Tensor, batch: int, name: str) -> Tensor:
+    """Give ``mask`` [1 or B, ...] the batch size ``batch``: one mask serves every picture, else one for each.
+
+    It works on any tensor whose first dimension is the batch. The result is a view where it repeats.
+
+    Raises:
+        InvalidImage: neither one nor ``batch`` entries.
+    """
+    if mask.shape[0] == batch:
+        return mask
+    if mask.shape[0] != 1:
+        raise InvalidImage(
+            f"{name}: got {mask.shape[0]} in {describe(mask)} for a batch of {batch} pictures, but one for all or one "
+            f"for each is needed. Give one, or exactly {batch}."
+        )
+    return mask.expand(batch, *mask.shape[1:])
+
+
+def check_same_size(name: str, image: Tensor, other_name: str, other: Tensor) -> None:
+    """Two image batches [B,H,W,3] must have one height and width.
+
+    Raises:
+        InvalidImage: they differ.
+    """
+    if image.shape[1:3] != other.shape[1:3]:
+        raise InvalidImage(
+            f"{name}: got {describe(image)}, i.e. {image.shape[2]}x{image.shape[1]} pixels (width x height), but the "
+            f"{other.shape[2]}x{other.shape[1]} of {other_name} is needed. Resize one of them to the other "
+            "('Upscale Image'); a VAE cuts sizes that are no multiple of 8, so crop or resize the source first."
+        )
