@@ -138,10 +138,15 @@ class Host(Protocol):
         latent: Tensor,
         conds: Mapping[str, Any],
         method: Callable[[Denoiser, Tensor, Mapping[str, Conditioning]], T],
+        *,
+        gradients: bool = False,
     ) -> T:
         """Load the model for latents of this shape and call ``method(denoiser, latent, conditions)``.
 
         ``conds`` holds this host's raw text conditions by name; the method gets them prepared under the same names.
+        ``gradients=True`` prepares the weights so that the method may enter :meth:`Denoiser.differentiable`; without it
+        that raises :class:`~retrace.errors.RetraceError`. The method runs with autograd off, outside inference mode: no
+        tensor it sees is an inference tensor. Tensors in what it returns come back detached, on the CPU.
         """
         ...
 
