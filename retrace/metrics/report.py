@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -91,7 +92,7 @@ def edit_report(
     mask: Tensor,
     lpips: bool | nn.Module = False,
     lpips_net: LpipsNet = "alex",
-    lpips_path: str | None = None,
+    lpips_path: str | os.PathLike[str] | None = None,
 ) -> EditReport:
     """Compare an edit with its source inside and outside the mask.
 
