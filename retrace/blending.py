@@ -27,11 +27,16 @@ class Blend:
     """What to keep and how; :meth:`start` makes the state of one sampling run.
 
     ``source``: clean latent ``[B, C, h, w]`` in the model's scale, or the :class:`Trajectory` of its inversion.
-    ``mask``: ``[B or 1, h, w]`` in 0..1 on the latent grid, 1 where the sampler may change; values between mix linearly.
-    ``noise``: ``"fixed"`` one noise for all steps, ``"fresh"`` a new one every step (the paper), ``"trajectory"`` the stored
-    latents of the inversion, which need no noise at all.
-    ``level``: at which noise level the background is when a step at sigma_i begins. ``"next"``: at sigma_i, the level that
-    the foreground has. ``"current"``: at sigma_{i-1}, one step noisier, as the reference code of Blended Diffusion does.
+
+    ``mask``: ``[B or 1, h, w]`` in 0..1 on the latent grid, 1 where the sampler may change; values between mix.
+
+    ``noise``: ``"fixed"`` one noise for all steps, ``"fresh"`` a new one every step (the paper), ``"trajectory"`` the
+    stored latents of the inversion, which need no noise at all.
+
+    ``level``: at which noise level the background is when a step at sigma_i begins. ``"next"``: at sigma_i, the level
+    that the foreground has. ``"current"``: at sigma_{i-1}, one step noisier, as the reference code of Blended Diffusion
+    does.
+
     ``stages``: progressive shrinking for thin masks: this many dilated masks first, the given mask last.
     """
 
@@ -46,8 +51,8 @@ class Blend:
     def __post_init__(self) -> None:
         if self.noise == "trajectory" and not isinstance(self.source, Trajectory):
             raise InvalidImage(
-                "Background noise 'trajectory' needs the TRAJECTORY of a DDIM Inverter as its source, and only a LATENT is "
-                "connected. Connect the trajectory, or choose 'fixed' or 'fresh'."
+                "Background noise 'trajectory' needs the TRAJECTORY of a DDIM Inverter as its source, and only a LATENT "
+                "is connected. Connect the trajectory, or choose 'fixed' or 'fresh'."
             )
         source = check_latent("source", self.clean)
         check_mask("mask on the latent grid", self.mask, size=(source.shape[-2], source.shape[-1]), allow_empty=True)
@@ -70,7 +75,8 @@ class Blend:
             )
         if self.mask.shape[0] not in (1, like.shape[0]):
             raise InvalidImage(
-                f"Blend Step has {self.mask.shape[0]} masks for a batch of {like.shape[0]} latents: give one mask, or one for each."
+                f"Blend Step has {self.mask.shape[0]} masks for a batch of {like.shape[0]} latents: give one "
+                "mask, or one for each."
             )
         return BlendRun(self, sigmas, like)
 

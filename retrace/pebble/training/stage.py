@@ -83,7 +83,9 @@ class Stage:
             start = time.monotonic()
             # The generator follows from the step, so that a resumed run sees the same data.
             generator = torch.Generator().manual_seed(7_919 * (self.step + 1))
-            scale = min(1.0, (self.step + 1) / self.warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.progress)))
+            scale = min(1.0, (self.step + 1) / self.warmup) * (
+                0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.progress))
+            )
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * scale
             with fast_precision(self.device):
@@ -114,7 +116,12 @@ class Stage:
 
     def summary(self) -> dict[str, object]:
         """What the card says about this stage."""
-        return {"steps": self.step, "seconds": round(self.elapsed), "device": str(self.device), "losses": self.losses[:: max(1, len(self.losses) // 12)]}
+        return {
+            "steps": self.step,
+            "seconds": round(self.elapsed),
+            "device": str(self.device),
+            "losses": self.losses[:: max(1, len(self.losses) // 12)],
+        }
 
 
 def best_device() -> torch.device:

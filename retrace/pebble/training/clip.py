@@ -1,0 +1,78 @@
+"""Stage 2: the contrastive image-text model. Its text tower, frozen, is what the UNet reads afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import architecture
+from ..scenes import Scene
+from .data import ScenePool
+from .stage import Stage
+
+BATCH = 96
+# open_clip's image normalisation (Radford et al. 2021).
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def build() -> nn.Module:
+    import open_clip
+
+    return open_clip.CLIP(**architecture.CLIP)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Images ``[B, 3, H, W]`` in 0..1 to what the vision tower expects."""
+    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
+    return (images - mean) / std
+
+
+def caption(scene: Scene, generator: torch.Generator) -> str:
+    """Every object is named; ground and details are left out at times, so that short captions are understood too."""
+    chance = torch.rand(2, generator=generator).tolist()
+    return scene.caption(with_ground=chance[0] < 0.85, with_details=chance[1] < 0.8)
+
+
+def train(folder: Path, seconds: float, pool: ScenePool, max_steps: int = 8_000) -> Stage:
+    """The symmetric InfoNCE loss of CLIP, with random shifts of the pictures."""
+    import open_clip
+
+    torch.manual_seed(2)
+    run = Stage("clip", build(), folder, seconds, max_steps, lr=1e-3, weight_decay=0.05, warmup=200)
+    tokenize = open_clip.get_tokenizer("ViT-B-32")
+
+    def loss(generator: torch.Generator) -> Tensor:
+        which = torch.randperm(len(pool.scenes), generator=generator)[:BATCH].tolist()
+        images = normalise(pool.images[which].to(run.device).float() / 255)
+        texts = tokenize([caption(pool.scenes[i], generator) for i in which]).to(run.device)
+        image, text, scale = run.model(images, texts)
+        logits = scale.clamp(max=100) * image.float() @ text.float().T
+        # Equal captions inside a batch are no mistakes: they share the target.
+        same = (texts[:, None] == texts[None]).all(-1).float()
+        target = same / same.sum(-1, keepdim=True)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    run.run(loss)
+    return run
+
+
+@torch.inference_mode()
+def retrieval(model: nn.Module, scenes: list[Scene], images: Tensor, among: int = 32) -> float:
+    """Share of pictures whose own caption scores highest among ``among`` different captions."""
+    import open_clip
+
+    tokenize = open_clip.get_tokenizer("ViT-B-32")
+    by_caption = {s.caption(): i for i, s in reversed(list(enumerate(scenes)))}
+    order = sorted(by_caption.values())
+    hits = total = 0
+    for start in range(0, len(order) - among + 1, among):
+        which = order[start : start + among]
+        image = model.encode_image(normalise(images[which]), normalize=True)
+        text = model.encode_text(tokenize([scenes[i].caption() for i in which]), normalize=True)
+        hits += int(((image @ text.T).argmax(-1) == torch.arange(among)).sum())
+        total += among
+    return hits / total

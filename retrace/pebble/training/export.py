@@ -1,0 +1,106 @@
+"""Write the trained networks as a diffusers folder in fp16, with the card beside them."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import architecture
+from . import text_tower
+from .stage import write_json
+
+
+def half(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in state.items()}
+
+
+def save(state: dict[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(half(state), path, metadata={"format": "pt"})
+
+
+def write_vae(folder: Path, vae: nn.Module, scaling_factor: float) -> None:
+    save(vae.state_dict(), folder / "vae" / "diffusion_pytorch_model.safetensors")
+    config = {"_class_name": "AutoencoderKL", **architecture.VAE, "scaling_factor": scaling_factor}
+    write_json(folder / "vae" / "config.json", config)
+
+
+def write_clip(folder: Path, clip: nn.Module) -> None:
+    """The text tower in transformers' form, and what open_clip needs beyond it in ``clip/``."""
+    save(text_tower.to_transformers(clip), folder / "text_encoder" / "model.safetensors")
+    write_json(folder / "text_encoder" / "config.json", text_tower.config())
+    rest = {
+        k: v for k, v in clip.state_dict().items() if k.startswith("visual.") or k in ("text_projection", "logit_scale")
+    }
+    save(rest, folder / "clip" / "open_clip_model.safetensors")
+    write_json(folder / "clip" / "open_clip_config.json", {"model_cfg": architecture.CLIP})
+
+
+def write_unet(folder: Path, unet: nn.Module) -> None:
+    save(unet.state_dict(), folder / "unet" / "diffusion_pytorch_model.safetensors")
+    write_json(folder / "unet" / "config.json", {"_class_name": "UNet2DConditionModel", **architecture.UNET})
+
+
+def write_tokenizer(folder: Path) -> None:
+    """CLIP's byte-pair vocabulary (MIT, Radford et al. 2021), read from the copy inside open_clip."""
+    import gzip
+
+    import open_clip.tokenizer as source
+
+    with gzip.open(source.default_bpe(), "rt", encoding="utf-8") as file:
+        merges = file.read().split("\n")[1 : 49152 - 256 - 2 + 1]
+    letters = list(source.bytes_to_unicode().values())
+    vocabulary = [*letters, *(c + "</w>" for c in letters), *(m.replace(" ", "") for m in merges)]
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    target = folder / "tokenizer"
+    target.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({t: i for i, t in enumerate(vocabulary)}, ensure_ascii=False)
+    (target / "vocab.json").write_text(text, encoding="utf-8", newline="\n")
+    (target / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8", newline="\n")
+    write_json(
+        target / "tokenizer_config.json",
+        {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": architecture.CLIP["text_cfg"]["context_length"],
+            "bos_token": "<|startoftext|>",
+            "eos_token": "<|endoftext|>",
+            "unk_token": "<|endoftext|>",
+            "pad_token": "<|endoftext|>",
+            "do_lower_case": True,
+        },
+    )
+
+
+def write_pipeline(folder: Path) -> None:
+    """The files that make the folder a StableDiffusionPipeline."""
+    write_json(
+        folder / "scheduler" / "scheduler_config.json", {"_class_name": "DDIMScheduler", **architecture.SCHEDULER}
+    )
+    nothing = [None, None]
+    write_json(
+        folder / "model_index.json",
+        {
+            "_class_name": "StableDiffusionPipeline",
+            "_diffusers_version": version("diffusers"),
+            "feature_extractor": nothing,
+            "image_encoder": nothing,
+            "requires_safety_checker": False,
+            "safety_checker": nothing,
+            "scheduler": ["diffusers", "DDIMScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+    )
+
+
+def write_card(folder: Path, card: dict[str, Any]) -> None:
+    write_json(folder / "card.json", card)
