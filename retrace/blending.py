@@ -51,8 +51,8 @@ class Blend:
     def __post_init__(self) -> None:
         if self.noise == "trajectory" and not isinstance(self.source, Trajectory):
             raise InvalidImage(
-                "Background noise 'trajectory' needs the TRAJECTORY of a DDIM Inverter as its source, and only a LATENT "
-                "is connected. Connect the trajectory, or choose 'fixed' or 'fresh'."
+                "Background noise 'trajectory' needs the TRAJECTORY of a DDIM Inverter as its source, and only a "
+                "LATENT is connected. Connect the trajectory, or choose 'fixed' or 'fresh'."
             )
         source = check_latent("source", self.clean)
         check_mask("mask on the latent grid", self.mask, size=(source.shape[-2], source.shape[-1]), allow_empty=True)
