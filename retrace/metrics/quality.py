@@ -49,7 +49,12 @@ def mse(image: Tensor, target: Tensor, region: Tensor | None = None) -> Tensor:
 
 def psnr(image: Tensor, target: Tensor, region: Tensor | None = None) -> Tensor:
     """Peak signal-to-noise ratio in dB [B]: 10 log10(1 / MSE), at most :data:`PSNR_CAP`. Raises InvalidImage."""
-    return (-10 * torch.log10(mse(image, target, region))).clamp(max=PSNR_CAP)
+    return decibel(mse(image, target, region))
+
+
+def decibel(error: Tensor) -> Tensor:
+    """PSNR of a mean squared error of pictures in 0..1, at most :data:`PSNR_CAP`."""
+    return (-10 * torch.log10(error)).clamp(max=PSNR_CAP)
 
 
 def ssim_map(image: Tensor, target: Tensor) -> Tensor:
@@ -83,7 +88,11 @@ def ssim(image: Tensor, target: Tensor, region: Tensor | None = None) -> Tensor:
     Raises:
         InvalidImage, MissingPackage: as :func:`ssim_map`.
     """
-    values = ssim_map(image, target)
+    return pool_ssim(ssim_map(image, target), region)
+
+
+def pool_ssim(values: Tensor, region: Tensor | None = None) -> Tensor:
+    """The mean of an SSIM map [B,H,W] as :func:`ssim` defines it: inner pixels of the whole, all pixels of a region."""
     if region is None:
         b = _SSIM_BORDER
         return values[:, b:-b, b:-b].mean(dim=(1, 2))

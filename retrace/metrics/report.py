@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..validation import check_image, check_mask, check_same_size, match_batch
 from .perceptual import LpipsNet, load_lpips, lpips_distance
-from .quality import PSNR_CAP, changed_pixels, eight_bit_difference, mse, psnr, ssim
+from .quality import PSNR_CAP, changed_pixels, decibel, eight_bit_difference, mse, pool_ssim, ssim_map
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,11 @@ def edit_report(
     edited = edited.cpu()
     model = load_lpips(lpips_net, lpips_path) if lpips is True else lpips or None
     inside = mask > 0
+    structure = ssim_map(edited, source)
 
     def measure(region: Tensor | None) -> list[RegionScores]:
-        columns = [f(edited, source, region).tolist() for f in (psnr, ssim, mse)]
+        error = mse(edited, source, region)
+        columns = [decibel(error).tolist(), pool_ssim(structure, region).tolist(), error.tolist()]
         columns.append([math.nan] * batch if model is None else _lpips(edited, source, model, region))
         return [RegionScores(*map(_finite_or_none, row)) for row in zip(*columns, strict=True)]
 
