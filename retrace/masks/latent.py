@@ -75,7 +75,7 @@ def shrink_schedule(mask_latent: Tensor, steps: int, stages: int) -> list[Tensor
         InvalidImage: not a mask.
         InvalidSchedule: ``steps`` below 1 or ``stages`` below 0.
 
-    Paper: Blended Latent Diffusion, Avrahami et al. 2023, section 4.3 ("progressive mask shrinking").
+    Paper: Blended Latent Diffusion, Avrahami et al. 2023, its progressive mask shrinking.
     """
     mask_latent = check_mask("mask", mask_latent, allow_empty=True)
     steps = check_steps("steps", steps)

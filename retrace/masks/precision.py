@@ -1,6 +1,6 @@
 """Mask Precision Blur: SmartBrush's family of masks from the exact shape to its bounding box.
 
-SmartBrush (Xie et al. 2023, section 3.2, "precision control") degrades an instance mask m to m_s = GaussianBlur(m, k_s,
+SmartBrush (Xie et al. 2023, arXiv 2212.05034) degrades an instance mask m to m_s = GaussianBlur(m, k_s,
 sigma_s) for a precision index s in 0..S, where s = 0 is the exact mask and s = S the bounding box. The table of k_s and
 sigma_s is not public, so what follows is our choice:
 
@@ -71,7 +71,7 @@ def mask_precision(
         InvalidSchedule: ``level``, ``levels``, ``threshold`` or ``sigma_max`` out of range.
         MissingPackage: kornia or scipy is not installed.
 
-    Paper: SmartBrush, Xie et al. 2023 (arXiv 2212.05034), section 3.2.
+    Paper: SmartBrush, Xie et al. 2023 (arXiv 2212.05034), its precision index s and m_s.
     """
     mask = check_mask("mask", mask, allow_empty=True)
     levels = check_steps("levels", levels)
