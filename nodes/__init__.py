@@ -1,0 +1,24 @@
+"""The nodes: schema, checks, one call into the library. No mathematics lives here."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .blending import BlendStep, PasteBackground
+from .masks import MaskPrecisionBlur
+from .pebble import LoadPebble, PebbleScene
+from .report import EditReportNode
+
+NODES: list[type[io.ComfyNode]] = [
+    LoadPebble,
+    PebbleScene,
+    BlendStep,
+    PasteBackground,
+    MaskPrecisionBlur,
+    EditReportNode,
+]
+
+
+class RetraceExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

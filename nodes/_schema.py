@@ -1,0 +1,26 @@
+"""Schemas that load on every supported ComfyUI: what an older core does not know is left out."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+from comfy_api.latest import io
+
+PREFIX = "Retrace"
+_SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
+
+Trajectory = io.Custom("RETRACE_TRAJECTORY")
+"""Socket of :class:`retrace.trajectory.Trajectory`."""
+
+
+def schema(family: str, **fields: Any) -> io.Schema:
+    """An ``io.Schema`` in the menu ``Retrace/<family>``, without the fields that this ComfyUI does not have."""
+    fields["category"] = f"{PREFIX}/{family}"
+    return io.Schema(**{name: value for name, value in fields.items() if name in _SCHEMA_FIELDS})
+
+
+def advanced() -> dict[str, bool]:
+    """Keyword of an input that is folded away at first, where this ComfyUI can do that."""
+    return {"advanced": True} if "advanced" in inspect.signature(io.Int.Input.__init__).parameters else {}

@@ -1,0 +1,145 @@
+"""Blended Latent Diffusion: Blend Step keeps the source while a sampler works, Paste Background its exact pixels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..retrace.errors import RetraceError
+from ..retrace.paste import paste_background
+from ._errors import reports_errors
+from ._schema import Trajectory, advanced, schema
+
+
+class BlendStep(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "blending",
+            node_id="RetraceBlendStep",
+            display_name="Blend Step",
+            description="Patches a model so that any sampler only edits inside the mask: at every step the rest is "
+            "replaced by the source picture at the right noise level (Blended Latent Diffusion).",
+            search_aliases=["blended diffusion", "blended latent diffusion", "inpaint", "keep background"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to patch; the one that comes in stays as it is."),
+                io.Mask.Input("mask", tooltip="Where the sampler may edit (1 = edit); values between mix."),
+                io.Latent.Input(
+                    "source",
+                    optional=True,
+                    tooltip="The picture to keep, from 'VAE Encode'. Not needed when a trajectory is connected.",
+                ),
+                Trajectory.Input(
+                    "trajectory",
+                    optional=True,
+                    tooltip="The inversion of the picture to keep, from 'DDIM Inverter'; used instead of 'source'.",
+                ),
+                io.Combo.Input(
+                    "noise",
+                    options=["fixed", "fresh", "trajectory"],
+                    default="fixed",
+                    tooltip="The noise on the background. fixed: the same at all steps. fresh: new at every step, as "
+                    "in the paper. trajectory: the stored steps of the inversion (sample with the inverter's sigmas).",
+                ),
+                io.Combo.Input(
+                    "level",
+                    options=["next", "current"],
+                    default="next",
+                    tooltip="next: the background has the noise level that the edit has. current: one step noisier, as "
+                    "the authors' code does.",
+                    **advanced(),
+                ),
+                io.Int.Input(
+                    "shrink_stages",
+                    default=0,
+                    min=0,
+                    max=16,
+                    tooltip="For thin masks: start with this many wider masks, end with the exact one. 0 is off.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="Seed of the background's noise.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "blended_model", display_name="MODEL", tooltip="The patched model, for KSampler or SamplerCustom."
+                )
+            ],
+        )
+
+    @classmethod
+    @reports_errors("Blend Step")
+    def execute(
+        cls,
+        model: Any,
+        mask: torch.Tensor,
+        noise: str,
+        level: str,
+        shrink_stages: int,
+        seed: int,
+        source: dict[str, Any] | None = None,
+        trajectory: Any = None,
+    ) -> io.NodeOutput:
+        from ..retrace.hosts.comfyui.blend import patch_blend
+
+        if source is None and trajectory is None:
+            raise RetraceError(
+                "there is no picture to keep. Connect the LATENT of a 'VAE Encode' to 'source', or the trajectory of a "
+                "'DDIM Inverter'."
+            )
+        return io.NodeOutput(
+            patch_blend(
+                model,
+                trajectory if trajectory is not None else source,
+                mask,
+                noise=noise,
+                level=level,
+                stages=shrink_stages,
+                seed=seed,
+            )
+        )
+
+
+class PasteBackground(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "blending",
+            node_id="RetracePasteBackground",
+            display_name="Paste Background",
+            description="Puts the source's own pixels back wherever the mask is 0, bit for bit, and fades the edit in "
+            "along the inner edge of the mask.",
+            search_aliases=["composite", "restore background", "uncrop"],
+            inputs=[
+                io.Image.Input("edited", tooltip="The picture after the edit."),
+                io.Image.Input("source", tooltip="The picture before the edit, of the same size."),
+                io.Mask.Input("mask", tooltip="Where the edit stays (1 = edit)."),
+                io.Float.Input(
+                    "feather",
+                    default=3.0,
+                    min=0.0,
+                    max=256.0,
+                    step=0.5,
+                    tooltip="Width of the fade in pixels, inside the mask only. 0 cuts hard.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(
+                    "image",
+                    display_name="image",
+                    tooltip="The edit on the source; outside the mask exactly the source.",
+                )
+            ],
+        )
+
+    @classmethod
+    @reports_errors("Paste Background")
+    def execute(cls, edited: torch.Tensor, source: torch.Tensor, mask: torch.Tensor, feather: float) -> io.NodeOutput:
+        return io.NodeOutput(paste_background(edited, source, mask, feather))
