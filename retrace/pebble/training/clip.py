@@ -9,26 +9,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import architecture
+from ..clip_model import normalise
 from ..scenes import Scene
 from .data import ScenePool
 from .stage import Stage
 
 BATCH = 96
-# open_clip's image normalisation (Radford et al. 2021).
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def build() -> nn.Module:
     import open_clip
 
     return open_clip.CLIP(**architecture.CLIP)
-
-
-def normalise(images: Tensor) -> Tensor:
-    """Images ``[B, 3, H, W]`` in 0..1 to what the vision tower expects."""
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
-    return (images - mean) / std
 
 
 def caption(scene: Scene, generator: torch.Generator) -> str:
@@ -58,21 +50,3 @@ def train(folder: Path, seconds: float, pool: ScenePool, max_steps: int = 8_000)
 
     run.run(loss)
     return run
-
-
-@torch.inference_mode()
-def retrieval(model: nn.Module, scenes: list[Scene], images: Tensor, among: int = 32) -> float:
-    """Share of pictures whose own caption scores highest among ``among`` different captions."""
-    import open_clip
-
-    tokenize = open_clip.get_tokenizer("ViT-B-32")
-    by_caption = {s.caption(): i for i, s in reversed(list(enumerate(scenes)))}
-    order = sorted(by_caption.values())
-    hits = total = 0
-    for start in range(0, len(order) - among + 1, among):
-        which = order[start : start + among]
-        image = model.encode_image(normalise(images[which]), normalize=True)
-        text = model.encode_text(tokenize([scenes[i].caption() for i in which]), normalize=True)
-        hits += int(((image @ text.T).argmax(-1) == torch.arange(among)).sum())
-        total += among
-    return hits / total

@@ -65,25 +65,3 @@ def to_transformers(clip: nn.Module) -> dict[str, Tensor]:
             out[f"{new}mlp.fc1.{kind}"] = sd[f"{old}mlp.c_fc.{kind}"]
             out[f"{new}mlp.fc2.{kind}"] = sd[f"{old}mlp.c_proj.{kind}"]
     return {f"text_model.{k}": v.detach().cpu().contiguous() for k, v in out.items()}
-
-
-def to_open_clip(text: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The way back: open_clip names for the text tower of the shipped file (all but ``text_projection``)."""
-    sd = {k.removeprefix("text_model."): v for k, v in text.items()}
-    out = {
-        "token_embedding.weight": sd["embeddings.token_embedding.weight"],
-        "positional_embedding": sd["embeddings.position_embedding.weight"],
-        "ln_final.weight": sd["final_layer_norm.weight"],
-        "ln_final.bias": sd["final_layer_norm.bias"],
-    }
-    for i in range(architecture.CLIP["text_cfg"]["layers"]):
-        new, old = f"transformer.resblocks.{i}.", f"encoder.layers.{i}."
-        for kind in ("weight", "bias"):
-            parts = [sd[f"{old}self_attn.{name}_proj.{kind}"] for name in "qkv"]
-            out[f"{new}attn.in_proj_{kind}"] = torch.cat(parts)
-            out[f"{new}attn.out_proj.{kind}"] = sd[f"{old}self_attn.out_proj.{kind}"]
-            out[f"{new}ln_1.{kind}"] = sd[f"{old}layer_norm1.{kind}"]
-            out[f"{new}ln_2.{kind}"] = sd[f"{old}layer_norm2.{kind}"]
-            out[f"{new}mlp.c_fc.{kind}"] = sd[f"{old}mlp.fc1.{kind}"]
-            out[f"{new}mlp.c_proj.{kind}"] = sd[f"{old}mlp.fc2.{kind}"]
-    return out

@@ -1,0 +1,23 @@
+"""Where Pebble's weights are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..errors import InvalidFile
+
+# For those who train their own: a folder of the same layout to use instead.
+OVERRIDE = "RETRACE_PEBBLE"
+
+
+def weights_folder() -> Path:
+    """The diffusers folder that ships with this package; raises :class:`InvalidFile` when it is incomplete."""
+    folder = Path(os.environ.get(OVERRIDE) or Path(__file__).parent / "weights")
+    missing = [part for part in ("unet", "vae", "text_encoder", "tokenizer") if not (folder / part).is_dir()]
+    if missing:
+        raise InvalidFile(
+            f"Pebble's weights are incomplete: {', '.join(missing)} missing in {folder}. They are part of this package: "
+            f"install it again (git clone, or the ComfyUI Manager), or train them: python -m retrace.pebble.training"
+        )
+    return folder
