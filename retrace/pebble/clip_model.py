@@ -24,9 +24,10 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def load_clip(folder: Path | None = None) -> tuple[nn.Module, Any]:
-    """An open_clip model in fp32 on the CPU, in evaluation mode, and its tokenizer (a list of texts to ids ``[B, 77]``).
+    """An open_clip model in fp32 on the CPU, in evaluation mode, and its tokenizer (texts to ids ``[B, 77]``).
 
-    Raises :class:`~retrace.errors.MissingPackage` without open_clip, :class:`~retrace.errors.InvalidFile` without weights.
+    Raises :class:`~retrace.errors.MissingPackage` without open_clip and :class:`~retrace.errors.InvalidFile` without
+    weights.
     """
     open_clip = require("open_clip", "load Pebble's CLIP", "open_clip_torch")
     from safetensors.torch import load_file
