@@ -17,7 +17,7 @@ def weights_folder() -> Path:
     missing = [part for part in ("unet", "vae", "text_encoder", "tokenizer") if not (folder / part).is_dir()]
     if missing:
         raise InvalidFile(
-            f"Pebble's weights are incomplete: {', '.join(missing)} missing in {folder}. They are part of this "
-            f"package: install it again (git clone, or the ComfyUI Manager), or train them: python -m retrace.pebble.training"
+            f"Pebble's weights are incomplete: {', '.join(missing)} missing in {folder}. They belong to this package: "
+            "install it again (git clone, or the ComfyUI Manager), or train them: python -m retrace.pebble.training"
         )
     return folder
