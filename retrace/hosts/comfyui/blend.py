@@ -1,0 +1,96 @@
+"""Blend Step inside ComfyUI: any core sampler then only edits inside the mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.patcher_extension
+import torch
+from torch import Tensor
+
+from ...blending import Blend, BlendRun, Level, NoiseMode
+from ...errors import InvalidImage
+from ...masks import latent_mask
+from ...trajectory import Trajectory
+from ...validation import check_latent, check_mask, describe
+from .parametrisation import parametrisation_of
+
+_KEY = "retrace_blend"
+
+
+def patch_blend(
+    model: Any,
+    source: Mapping[str, Any] | Trajectory,
+    mask: Tensor,
+    *,
+    noise: NoiseMode = "fixed",
+    level: Level = "next",
+    stages: int = 0,
+    seed: int = 0,
+) -> Any:
+    """A clone of the MODEL whose samplers keep ``source`` outside ``mask``.
+
+    Args:
+        source: a LATENT dict as the VAE encodes it, or the trajectory of its inversion.
+        mask: [B or 1, H, W] in pixels (or on the latent grid), 1 = edit.
+        noise, level, stages, seed: see :class:`retrace.blending.Blend`.
+
+    Raises:
+        InvalidImage: a broken latent or mask.
+        UnsupportedModel: a model whose noisy latents follow neither convention of this library.
+    """
+    parametrisation = parametrisation_of(model)
+    if isinstance(source, Trajectory):
+        clean = source.source
+    else:
+        if not isinstance(source, Mapping) or "samples" not in source:
+            raise InvalidImage(f"source: got {describe(source)}, but a LATENT is needed. Connect a 'VAE Encode'.")
+        samples = check_latent("source", source["samples"], model.get_model_object("latent_format").latent_channels)
+        clean = source = model.model.process_latent_in(samples.float())
+    mask = check_mask("mask", mask, allow_empty=True).float().cpu()
+    cells = latent_mask(mask, size=(clean.shape[-2], clean.shape[-1]))
+    blend = Blend(source, cells, parametrisation, noise, level, stages, seed)  # type: ignore[arg-type]
+    patched = model.clone()
+    _Patch(blend).install(patched)
+    return patched
+
+
+class _Patch:
+    """The wrappers of one Blend Step. The state of a run hangs on its guider: runs side by side do not meet."""
+
+    def __init__(self, blend: Blend) -> None:
+        self.blend = blend
+        self.runs: dict[int, BlendRun] = {}
+
+    def install(self, patcher: Any) -> None:
+        types = comfy.patcher_extension.WrappersMP
+        patcher.add_wrapper_with_key(types.SAMPLER_SAMPLE, _KEY, self.sample)
+        patcher.add_wrapper_with_key(types.PREDICT_NOISE, _KEY, self.predict)
+
+    def sample(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Around a whole run of a sampler."""
+        guider = args[0] if args else kwargs["model_wrap"]
+        sigmas: Tensor = args[1] if len(args) > 1 else kwargs["sigmas"]
+        noise: Tensor = args[4] if len(args) > 4 else kwargs["noise"]
+        run = self.blend.start(sigmas, noise)
+        self.runs[id(guider)] = run
+        try:
+            samples: Tensor = executor(*args, **kwargs)
+        finally:
+            self.runs.pop(id(guider), None)
+        # A sampler that stops early gives back a noisy latent, which flow models also divide by 1 - sigma.
+        last = float(run.sigmas[-1])
+        rescale = 1 - last if self.blend.parametrisation == "flow" and 0 < last < 1 else 1.0
+        return run.finish(samples * rescale) / rescale
+
+    def predict(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Around every guided prediction. The sampler's own tensor is changed, so that its step starts from there."""
+        run = self.runs.get(id(executor.class_obj))
+        if run is not None:
+            x: Tensor = args[0] if args else kwargs["x"]
+            timestep: Tensor | float = args[1] if len(args) > 1 else kwargs["timestep"]
+            sigma = float(torch.as_tensor(timestep).max())
+            x.copy_(run(x, sigma))
+        result: Tensor = executor(*args, **kwargs)
+        return result

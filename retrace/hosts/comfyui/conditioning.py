@@ -1,0 +1,77 @@
+"""ComfyUI's processed conditions behind the Conditioning protocol."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import UnsupportedModel
+from .plain import alias
+
+TEXT = "c_crossattn"  # where core keeps the token embeddings that cross-attention reads
+
+
+class ComfyConditioning:
+    """One condition as core prepared it: a list of entries with areas, masks, timestep ranges, control, hooks.
+
+    Prompts joined in the graph (areas, Conditioning Combine, timestep ranges) give several entries, each with its own
+    embedding. :attr:`embedding` is that of the first; :meth:`with_embedding` replaces it there and in every entry that
+    holds the same one (core repeats a condition to cover the area of another), and leaves the rest as they are.
+    """
+
+    def __init__(self, entries: list[dict[str, Any]]) -> None:
+        self.entries = entries
+
+    @classmethod
+    def prepared(cls, entries: list[dict[str, Any]], device: torch.device) -> ComfyConditioning:
+        """From core's list, with the embeddings as ordinary tensors on ``device``."""
+        moved: dict[int, Any] = {}
+        ready = []
+        for entry in entries:
+            held = entry.get("model_conds", {}).get(TEXT)
+            if held is not None and isinstance(getattr(held, "cond", None), Tensor):
+                if id(held) not in moved:
+                    moved[id(held)] = held._copy_with(alias(held.cond).to(device))
+                entry = {**entry, "model_conds": {**entry["model_conds"], TEXT: moved[id(held)]}}
+            ready.append(entry)
+        return cls(ready)
+
+    @property
+    def embedding(self) -> Tensor:
+        """Token embeddings ``[B, T, D]`` of the first entry."""
+        return self._first().cond  # type: ignore[no-any-return]
+
+    def with_embedding(self, embedding: Tensor) -> ComfyConditioning:
+        """The same condition with other token embeddings ``[B, T, D]``; gradients flow to them."""
+        old = self._first()
+        new = old._copy_with(embedding)
+        entries = []
+        for entry in self.entries:
+            held = entry.get("model_conds", {}).get(TEXT)
+            if held is old or (held is not None and _equal(held.cond, old.cond)):
+                entry = {**entry, "model_conds": {**entry["model_conds"], TEXT: new}}
+            entries.append(entry)
+        return ComfyConditioning(entries)
+
+    def _first(self) -> Any:
+        for entry in self.entries:
+            held = entry.get("model_conds", {}).get(TEXT)
+            if held is not None:
+                return held
+        raise UnsupportedModel(
+            "This model takes no text embeddings through cross-attention (its condition holds "
+            f"{sorted(self.entries[0].get('model_conds', {})) if self.entries else 'nothing'}). "
+            "Methods that change the text embedding need a model of the SD1.5 or SDXL kind."
+        )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return (
+        isinstance(a, Tensor)
+        and isinstance(b, Tensor)
+        and a.shape == b.shape
+        and a.device == b.device
+        and bool(torch.equal(a, b))
+    )

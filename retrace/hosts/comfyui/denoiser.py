@@ -1,0 +1,100 @@
+"""ComfyUI's model as ``D(x, sigma, cond)``, through core's own batching of conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.patcher_extension
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from torch import Tensor
+
+from ...errors import RetraceError
+from ...host import Conditioning, Parametrisation
+from .conditioning import ComfyConditioning
+from .plain import alias
+
+
+class ComfyDenoiser:
+    """The model that core has loaded for one :meth:`ComfyHost.run`. Latents are float32 in the model's scale."""
+
+    def __init__(
+        self, patcher: Any, model: Any, model_options: dict[str, Any], parametrisation: Parametrisation, gradients: bool
+    ) -> None:
+        self.parametrisation = parametrisation
+        self.device: torch.device = patcher.load_device
+        self.evaluations = 0
+        self.patcher = patcher
+        self.model = model
+        self.gradients = gradients
+        self.options = comfy.model_patcher.create_model_options_clone(model_options)
+        # Core would hand conditions to one thread per GPU, where neither hooks nor autograd could follow.
+        self.options.pop("multigpu_clones", None)
+        comfy.patcher_extension.add_wrapper_with_key(
+            comfy.patcher_extension.WrappersMP.APPLY_MODEL, "retrace", self._apply, self.options, is_model_options=True
+        )
+        self.observers: list[Callable[[list[int], int], None]] = []  # told of every pass: its conditions, its rows
+        self._bar: Any = None
+        self._previewer: Any = None
+
+    def denoised(self, x: Tensor, sigma: Tensor | float, cond: Conditioning) -> Tensor:
+        """The clean estimate ``[B, C, h, w]`` for ``x`` at noise level ``sigma`` (scalar or ``[B]``)."""
+        return self.denoised_each(x, sigma, [cond])[0]
+
+    def denoised_each(self, x: Tensor, sigma: Tensor | float, conds: Sequence[Conditioning]) -> list[Tensor]:
+        """One estimate per condition; core batches them where memory and their kind allow."""
+        entries = [_entries(cond) for cond in conds]
+        levels = alias(torch.as_tensor(sigma, dtype=torch.float32, device=self.device))
+        levels = levels.detach().expand(x.shape[0]).contiguous()
+        x = alias(x).to(self.device, torch.float32)
+        if torch.is_grad_enabled():
+            return list(comfy.samplers.calc_cond_batch(self.model, entries, x, levels, self.options))
+        # Core's own buffers are inference tensors, and those may only be written in inference mode.
+        with torch.inference_mode():
+            estimates = comfy.samplers.calc_cond_batch(self.model, entries, x, levels, self.options)
+        return [alias(estimate) for estimate in estimates]
+
+    def progress(self, step: int, total: int, denoised: Tensor | None = None) -> None:
+        """Report that ``step`` of ``total`` is done; raises core's interrupt exception when the user pressed stop."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if self._bar is None:
+            self._bar = comfy.utils.ProgressBar(total)
+            self._previewer = latent_preview.get_previewer(self.device, self.model.latent_format)
+        preview = None
+        if denoised is not None and self._previewer is not None:
+            with torch.no_grad():
+                preview = self._previewer.decode_latent_to_preview_image("JPEG", denoised.detach())
+        self._bar.update_absolute(step, total, preview)
+
+    @contextmanager
+    def with_options(self, options: dict[str, Any]) -> Iterator[None]:
+        """Inside, the network runs with ``options`` (a changed clone of :attr:`options`)."""
+        before, self.options = self.options, options
+        try:
+            yield
+        finally:
+            self.options = before
+
+    def _apply(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Around every pass of the network: count its rows and say which conditions they belong to."""
+        x = args[0] if args else kwargs["x"]
+        options = args[5] if len(args) > 5 else kwargs.get("transformer_options", {})
+        self.evaluations += int(x.shape[0])
+        for observe in self.observers:
+            observe(list(options.get("cond_or_uncond", [0])), int(x.shape[0]))
+        return executor(*args, **kwargs)
+
+
+def _entries(cond: Conditioning) -> list[dict[str, Any]]:
+    if not isinstance(cond, ComfyConditioning):
+        raise RetraceError(
+            f"ComfyUI's model cannot take a condition of type {type(cond).__name__}. Pass the conditions that run() "
+            "hands to the method, or what with_embedding() makes of them."
+        )
+    return cond.entries
