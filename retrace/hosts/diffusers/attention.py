@@ -1,0 +1,124 @@
+"""Hooks on the UNet of diffusers: attention layers and the outputs of decoder blocks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...errors import RetraceError
+from ...host import AttentionCall, AttentionHook, Row
+
+_BLOCK = re.compile(
+    r"(?:(down|up)_blocks\.(\d+)|(mid)_block)\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn([12])\."
+)
+
+
+@dataclass
+class Batch:
+    """What the network is being called with: the owners of the batch rows, and the noise level."""
+
+    rows: tuple[Row, ...] = ()
+    sigma: float = 0.0
+
+
+class _Processor:
+    """The attention of diffusers for UNets (group norm and masks never occur there), with the hook in its middle."""
+
+    def __init__(
+        self, hook: AttentionHook, kind: Any, block: str, index: int, size: dict[str, tuple[int, int]], batch: Batch
+    ):
+        self.hook, self.kind, self.block, self.index = hook, kind, block, index
+        self.size, self.batch = size, batch
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *_: Any,
+        **__: Any,
+    ) -> Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (
+            layer(source).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for layer, source in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        )
+        height, width = self.size["query"]
+        call = AttentionCall(
+            self.kind,
+            self.block,
+            self.index,
+            height,
+            width,
+            self.batch.rows,
+            self.batch.sigma,
+            partial(F.scaled_dot_product_attention, scale=attn.scale),
+        )
+        out = self.hook(call, q, k, v)
+        out = out.transpose(1, 2).flatten(2).to(hidden_states.dtype)
+        return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
+
+
+@contextmanager
+def attention_hook(unet: Any, hook: AttentionHook, batch: Batch) -> Iterator[None]:
+    """Inside, the self- and cross-attention of every transformer block of ``unet`` goes through ``hook``."""
+    before = dict(unet.attn_processors)
+    layers = []
+    for name in before:
+        found = _BLOCK.match(name)
+        if found:
+            side, number, mid, attention, transformer, layer = found.groups()
+            order = (("down", "mid", "up").index(side or mid), int(number or 0), int(attention), int(transformer))
+            layers.append((order, int(layer), name, f"{side or mid}.{number or 0}"))
+    running = {order: i for i, order in enumerate(sorted({order for order, *_ in layers}))}
+    size: dict[str, tuple[int, int]] = {}
+    replaced = {
+        name: _Processor(hook, "self" if layer == 1 else "cross", block, running[order], size, batch)
+        for order, layer, name, block in layers
+    }
+
+    def note_size(_: Any, inputs: tuple[Tensor, ...]) -> None:
+        size["query"] = (inputs[0].shape[-2], inputs[0].shape[-1])
+
+    spatial = [m for n, m in unet.named_modules() if re.search(r"\.attentions\.\d+$", n)]
+    handles = [m.register_forward_pre_hook(note_size) for m in spatial]
+    try:
+        unet.set_attn_processor({**before, **replaced})
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        unet.set_attn_processor(before)
+
+
+@contextmanager
+def feature_hook(unet: Any, blocks: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Inside, the outputs of the decoder blocks ``blocks`` (``"up.0"`` ...) are kept in the dict that is given.
+
+    Raises:
+        RetraceError: a block that this model does not have.
+    """
+    known = {f"up.{i}": block for i, block in enumerate(unet.up_blocks)}
+    unknown = [b for b in blocks if b not in known]
+    if unknown:
+        raise RetraceError(f"Features of {', '.join(unknown)} were asked for; this model has {', '.join(known)}.")
+    kept: dict[str, Tensor] = {}
+
+    def keep(name: str, _: Any, __: Any, output: Tensor) -> None:
+        kept.pop(name, None)  # so that the newest comes last
+        kept[name] = output
+
+    handles = [known[name].register_forward_hook(partial(keep, name)) for name in blocks]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()

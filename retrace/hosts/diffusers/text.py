@@ -1,0 +1,83 @@
+"""Text conditions of CLIP models: prompts in chunks of 75 tokens, one text encoder (SD 1.x, 2.x) or two (SDXL)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A word of at least this many tokens may be broken between two chunks; a shorter one moves to the next chunk whole.
+_LONG_WORD = 8
+
+
+@dataclass(frozen=True)
+class TextCondition:
+    """A prompt as the network takes it: token embeddings ``[1, T, D]``, and for SDXL the pooled vector ``[1, P]``."""
+
+    embedding: Tensor
+    pooled: Tensor | None = None
+
+    def with_embedding(self, embedding: Tensor) -> TextCondition:
+        """The same condition with other token embeddings; gradients flow to them."""
+        return replace(self, embedding=embedding)
+
+    def to(self, device: torch.device) -> TextCondition:
+        return TextCondition(self.embedding.to(device), None if self.pooled is None else self.pooled.to(device))
+
+
+def chunk(words: Sequence[Sequence[int]], start: int, end: int, pad: int, length: int = 77) -> list[list[int]]:
+    """Token ids of a prompt in rows of ``length``: start, tokens, end, padding.
+
+    ``words`` are the groups of tokens that should stay together: here the whole prompt, so that a long one is cut
+    every ``length - 2`` tokens.
+    """
+    room = length - 2
+    rows: list[list[int]] = [[]]
+    for word in words:
+        rest = list(word)
+        while len(rest) > room - len(rows[-1]):
+            if len(word) >= _LONG_WORD:
+                left = room - len(rows[-1])
+                rows[-1].extend(rest[:left])
+                rest = rest[left:]
+            rows.append([])
+        rows[-1].extend(rest)
+    return [[start, *row, end, *[pad] * (room - len(row))] for row in rows]
+
+
+class TextEncoder:
+    """CLIP text encoders with their tokenizers; ``final`` says whether the last, normalised layer is the embedding.
+
+    SD 1.x and 2.x condition on the last layer of their text model (SD 2.x ships without the layer it leaves out), SDXL
+    on the last but one of two models, side by side, plus the projected end token of the second one.
+    """
+
+    def __init__(self, encoders: Sequence[Any], tokenizers: Sequence[Any]) -> None:
+        self.encoders = list(encoders)
+        self.tokenizers = list(tokenizers)
+        self.final = len(self.encoders) == 1
+
+    @torch.no_grad()
+    def __call__(self, prompt: str) -> TextCondition:
+        embeddings, pooled = [], None
+        for encoder, tokenizer in zip(self.encoders, self.tokenizers, strict=True):
+            tokens = tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+            rows = chunk(
+                [tokens] if tokens else [],
+                tokenizer.bos_token_id,
+                tokenizer.eos_token_id,
+                tokenizer.pad_token_id,
+                encoder.config.max_position_embeddings,
+            )
+            out = encoder(torch.tensor(rows, device=encoder.device), output_hidden_states=not self.final)
+            hidden = out.last_hidden_state if self.final else out.hidden_states[-2]
+            embeddings.append(hidden.float().reshape(1, -1, hidden.shape[-1]))
+            if not self.final:
+                pooled = getattr(out, "text_embeds", None)
+        if pooled is not None:
+            pooled = pooled[:1].float()  # that of the first chunk
+        # Two encoders may cut a prompt differently only if their vocabularies differ, which those of SDXL do not.
+        return TextCondition(torch.cat(embeddings, -1), pooled)
