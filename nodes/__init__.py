@@ -5,13 +5,17 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .blending import BlendStep, PasteBackground
+from .inversion import DDIMInverter
 from .masks import MaskPrecisionBlur
 from .pebble import LoadPebble, PebbleScene
 from .report import EditReportNode
+from .schedule import ReferenceSchedule
 
 NODES: list[type[io.ComfyNode]] = [
     LoadPebble,
     PebbleScene,
+    DDIMInverter,
+    ReferenceSchedule,
     BlendStep,
     PasteBackground,
     MaskPrecisionBlur,

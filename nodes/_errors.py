@@ -15,7 +15,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # A subclass of what ComfyUI itself looks for: its executor then unloads all models, as it does for any other node.
 _CORE_OOM = comfy.model_management.OOM_EXCEPTION
-_OOM_BASES = (RetraceError, _CORE_OOM) if issubclass(_CORE_OOM, RuntimeError) else (RetraceError,)
+_CORE_KNOWS = issubclass(_CORE_OOM, RuntimeError)  # else it is plain Exception, which says nothing
+_OOM_BASES = (RetraceError, _CORE_OOM) if _CORE_KNOWS else (RetraceError,)
 OutOfMemory = type("OutOfMemory", _OOM_BASES, {"__doc__": "The device or the computer has no memory left."})
 
 
@@ -23,7 +24,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     known = getattr(comfy.model_management, "is_oom", None)  # newer cores also know the errors of other accelerators
-    if known is not None and known(error):
+    if known is not None and _CORE_KNOWS and known(error):
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from comfy_api.latest import io
 
 from ..retrace.pebble.scenes import instance_masks, render, sample_scene, scene_rng
 from ._errors import reports_errors
 from ._schema import schema
+
+WEIGHTS = Path(__file__).parents[1] / "retrace" / "pebble" / "weights"
+"""Where Pebble ships. The variable RETRACE_PEBBLE names another folder, for those who train it."""
 
 
 class LoadPebble(io.ComfyNode):
@@ -32,7 +38,7 @@ class LoadPebble(io.ComfyNode):
     def execute(cls) -> io.NodeOutput:
         from ..retrace.hosts.comfyui import load_pebble
 
-        return io.NodeOutput(*load_pebble())
+        return io.NodeOutput(*load_pebble(os.environ.get("RETRACE_PEBBLE") or WEIGHTS))
 
 
 class PebbleScene(io.ComfyNode):

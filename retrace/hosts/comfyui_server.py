@@ -292,23 +292,20 @@ def _refusal(path: str, code: int, body: bytes) -> ComfyError:
         answer = json.loads(text)
     except ValueError:
         return ComfyError(f"ComfyUI answered {code} to {path}: {text[:500]}")
-    error = answer.get("error", answer) if isinstance(answer, dict) else answer
-    message = (
-        f"{error.get('message', '')} {error.get('details', '')}".strip() if isinstance(error, dict) else str(error)
-    )
-    nodes = answer.get("node_errors") if isinstance(answer, dict) else None
+    if not isinstance(answer, dict):
+        return ComfyError(f"ComfyUI answered {code} to {path}: {text[:500]}")
+    error: Any = answer.get("error", answer)
+    reason = f"{error.get('message', '')} {error.get('details', '')}".strip() if isinstance(error, dict) else str(error)
     lines = [
-        f"ComfyUI refused the graph: {message}"
-        if path == "/prompt"
-        else f"ComfyUI answered {code} to {path}: {message}"
+        f"ComfyUI refused the graph: {reason}" if path == "/prompt" else f"ComfyUI answered {code} to {path}: {reason}"
     ]
-    for node_id, problem in (nodes or {}).items():
+    nodes: dict[str, dict[str, Any]] = answer.get("node_errors") or {}
+    for node_id, problem in nodes.items():
         for part in problem.get("errors", ()):
-            lines.append(
-                f"Node {node_id} ({problem.get('class_type')}): {part.get('message', '')}: {part.get('details', '')}"
-            )
-    first_id, first = next(iter((nodes or {}).items()), ("", {}))
-    return ComfyError("\n".join(lines), str(first_id), str(first.get("class_type", "")), f"HTTP {code}")
+            lines.append(f"Node {node_id} ({problem.get('class_type')}): {part.get('message')}: {part.get('details')}")
+    first_id = next(iter(nodes), "")
+    first_type = str(nodes[first_id].get("class_type", "")) if nodes else ""
+    return ComfyError("\n".join(lines), first_id, first_type, f"HTTP {code}")
 
 
 def _free_port() -> int:

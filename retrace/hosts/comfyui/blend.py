@@ -14,7 +14,7 @@ from ...errors import InvalidImage
 from ...masks import latent_mask
 from ...trajectory import Trajectory
 from ...validation import check_latent, check_mask, describe
-from .parametrisation import parametrisation_of
+from .host import ComfyHost
 
 _KEY = "retrace_blend"
 
@@ -40,17 +40,17 @@ def patch_blend(
         InvalidImage: a broken latent or mask.
         UnsupportedModel: a model whose noisy latents follow neither convention of this library.
     """
-    parametrisation = parametrisation_of(model)
+    host = ComfyHost(model)
     if isinstance(source, Trajectory):
         clean = source.source
     else:
         if not isinstance(source, Mapping) or "samples" not in source:
             raise InvalidImage(f"source: got {describe(source)}, but a LATENT is needed. Connect a 'VAE Encode'.")
-        samples = check_latent("source", source["samples"], model.get_model_object("latent_format").latent_channels)
-        clean = source = model.model.process_latent_in(samples.float())
+        samples = check_latent("source", source["samples"], host.latent_channels)
+        clean = source = host.to_model_scale(samples.float().cpu())
     mask = check_mask("mask", mask, allow_empty=True).float().cpu()
     cells = latent_mask(mask, size=(clean.shape[-2], clean.shape[-1]))
-    blend = Blend(source, cells, parametrisation, noise, level, stages, seed)  # type: ignore[arg-type]
+    blend = Blend(source, cells, host.parametrisation, noise, level, stages, seed)  # type: ignore[arg-type]
     patched = model.clone()
     _Patch(blend).install(patched)
     return patched

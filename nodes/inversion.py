@@ -1,0 +1,136 @@
+"""DDIM inversion: DDIM Inverter, Save Inversion, Load Inversion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.samplers
+import torch
+from comfy_api.latest import io, ui
+
+from ..retrace.errors import InvalidImage
+from ..retrace.inversion import METHODS
+from ..retrace.schedule import check_sigmas
+from ..retrace.validation import check_latent, describe
+from ._errors import reports_errors
+from ._memory import PeakMemory
+from ._schema import Trajectory, advanced, schema
+
+
+class DDIMInverter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "inversion",
+            node_id="RetraceDDIMInverter",
+            display_name="DDIM Inverter",
+            description="Finds the noise from which a deterministic sampler (euler or ddim, cfg 1) makes exactly this "
+            "picture, and keeps the path to it. Continue with KSampler (Advanced), add_noise disabled, or with "
+            "SamplerCustom and the SIGMAS of this node.",
+            search_aliases=["ddim inversion", "unsampler", "invert image", "aidi", "renoise", "spdinv"],
+            has_intermediate_output=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model to walk with; sample with the same one."),
+                io.Conditioning.Input("positive", tooltip="The words that describe the picture as it is."),
+                io.Latent.Input("latent", tooltip="The picture, from 'VAE Encode'. Batches work."),
+                io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Steps of the walk; sample with as many."),
+                io.Combo.Input(
+                    "scheduler",
+                    options=list(comfy.samplers.SCHEDULER_NAMES),
+                    default="ddim_uniform",
+                    tooltip="The noise levels of the walk; sample with the same scheduler.",
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=list(METHODS),
+                    default="fixed_point",
+                    tooltip="ddim: one evaluation per step, drifts a little. fixed_point: several, nearly exact. "
+                    "spdinv: solves each step with gradients (SPDInv), slowest.",
+                ),
+                io.Float.Input(
+                    "tolerance",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=1e-6,
+                    round=1e-7,
+                    tooltip="When a step counts as solved; 0 is the usual value of the method. Not used by ddim.",
+                    **advanced(),
+                ),
+                io.Int.Input(
+                    "max_iterations",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    tooltip="Most evaluations per step; 0 is the usual value of the method. Not used by ddim.",
+                    **advanced(),
+                ),
+                io.Boolean.Input(
+                    "verify",
+                    default=True,
+                    tooltip="Sample back once and report how well the picture returns (costs one evaluation per step).",
+                ),
+                io.Sigmas.Input(
+                    "sigmas",
+                    optional=True,
+                    tooltip="Own noise levels, most noise first; used instead of steps and scheduler.",
+                ),
+                io.Vae.Input(
+                    "vae", optional=True, tooltip="Connect it to have the report measure pictures, not only latents."
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(
+                    "noise_latent", display_name="LATENT", tooltip="The noise, for a sampler that adds none of its own."
+                ),
+                Trajectory.Output(
+                    "trajectory", display_name="trajectory", tooltip="The latents at every noise level of the walk."
+                ),
+                io.Sigmas.Output("walked_sigmas", display_name="SIGMAS", tooltip="The noise levels of the walk."),
+                io.String.Output("report", display_name="report", tooltip="How well and how fast it went."),
+            ],
+        )
+
+    @classmethod
+    @reports_errors("DDIM Inverter")
+    def execute(
+        cls,
+        model: Any,
+        positive: Any,
+        latent: dict[str, Any],
+        steps: int,
+        scheduler: str,
+        method: str,
+        tolerance: float,
+        max_iterations: int,
+        verify: bool,
+        sigmas: torch.Tensor | None = None,
+        vae: Any = None,
+    ) -> io.NodeOutput:
+        from ..retrace.hosts.comfyui import ComfyHost
+        from ..retrace.hosts.comfyui.inversion import invert_latent
+
+        if not isinstance(latent, dict) or "samples" not in latent:
+            raise InvalidImage(f"latent: got {describe(latent)}, but a LATENT is needed. Connect a 'VAE Encode'.")
+        host = ComfyHost(model, vae=vae)
+        samples = check_latent("latent", latent["samples"], host.latent_channels)
+        levels = host.sigmas(scheduler, steps) if sigmas is None else check_sigmas(sigmas)
+        memory = PeakMemory()
+        inverted = invert_latent(
+            host,
+            samples,
+            levels,
+            positive,
+            method,
+            tolerance=tolerance or None,
+            max_iterations=max_iterations or None,
+            verify=verify,
+        )
+        report = inverted.report(memory.megabytes())
+        return io.NodeOutput(
+            {"samples": inverted.noise},
+            inverted.trajectory,
+            inverted.trajectory.sigmas,
+            report,
+            ui=ui.PreviewText(report),
+        )

@@ -1,0 +1,52 @@
+"""Reference Schedule: the timesteps that the papers' code uses, as SIGMAS."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..retrace.schedule import GRIDS, reference_sigmas
+from ._errors import reports_errors
+from ._schema import advanced, schema
+
+
+class ReferenceSchedule(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "schedule",
+            node_id="RetraceReferenceSchedule",
+            display_name="Reference Schedule",
+            description="The noise levels that the authors' code of an editing method walks. ComfyUI's own "
+            "scheduler nodes give SIGMAS for everything else.",
+            search_aliases=["ddim schedule", "timesteps", "sigmas", "leading", "trailing"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model whose training noise levels are picked from."),
+                io.Combo.Input(
+                    "grid",
+                    options=list(GRIDS),
+                    default="leading_1",
+                    tooltip="\n".join(f"{name}: {grid.source}" for name, grid in GRIDS.items()),
+                ),
+                io.Int.Input("steps", default=50, min=1, max=1000, tooltip="How many steps to walk."),
+                io.Boolean.Input(
+                    "parity",
+                    default=False,
+                    tooltip="End exactly where the reference ends, which may leave a little noise. Off: end at 0.",
+                    **advanced(),
+                ),
+            ],
+            outputs=[
+                io.Sigmas.Output(
+                    "sigmas", display_name="SIGMAS", tooltip="For DDIM Inverter and SamplerCustom: most noise first."
+                )
+            ],
+        )
+
+    @classmethod
+    @reports_errors("Reference Schedule")
+    def execute(cls, model: Any, grid: str, steps: int, parity: bool) -> io.NodeOutput:
+        from ..retrace.hosts.comfyui import ComfyHost
+
+        return io.NodeOutput(reference_sigmas(grid, ComfyHost(model).training_sigmas(), steps, parity))
