@@ -1,0 +1,126 @@
+"""Blend: the outside follows the source at the right noise level, whatever the mask, noise and schedule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from retrace.blending import Blend
+from retrace.errors import InvalidImage, InvalidSchedule, TrajectoryMismatch
+from retrace.trajectory import Trajectory
+
+SIGMAS = torch.tensor([10.0, 4.0, 1.0, 0.0])
+
+
+def source(batch: int = 1) -> torch.Tensor:
+    return torch.randn(batch, 4, 6, 8, generator=torch.Generator().manual_seed(1))
+
+
+def half_mask() -> torch.Tensor:
+    mask = torch.zeros(1, 6, 8)
+    mask[:, :, :4] = 1
+    return mask
+
+
+def trajectory() -> Trajectory:
+    latents = torch.stack([source() + i for i in (3.0, 2.0, 1.0, 0.0)])
+    return Trajectory(SIGMAS, latents, "eps", "abc", "ddim")
+
+
+def test_next_level_is_the_source_at_the_noise_level_of_the_step() -> None:
+    x = torch.zeros(1, 4, 6, 8)
+    run = Blend(source(), half_mask(), "eps", seed=3).start(SIGMAS, x)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    out = run(x, 4.0)
+    assert torch.equal(out[..., :4], x[..., :4])
+    torch.testing.assert_close(out[..., 4:], (source() + 4.0 * noise)[..., 4:])
+
+
+def test_current_level_is_one_step_noisier_as_in_the_reference_code() -> None:
+    x = torch.zeros(1, 4, 6, 8)
+    run = Blend(source(), torch.zeros(1, 6, 8), "eps", level="current", seed=3).start(SIGMAS, x)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(run(x, 1.0), source() + 4.0 * noise)
+    torch.testing.assert_close(run(x, 10.0), source() + 10.0 * noise)  # there is no noisier level to take
+
+
+def test_flow_models_interpolate() -> None:
+    x = torch.zeros(1, 4, 6, 8)
+    sigmas = torch.tensor([1.0, 0.5, 0.0])
+    run = Blend(source(), torch.zeros(1, 6, 8), "flow", seed=3).start(sigmas, x)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(run(x, 0.5), 0.5 * source() + 0.5 * noise)
+
+
+def test_fixed_noise_stays_and_fresh_noise_changes() -> None:
+    x = torch.zeros(1, 4, 6, 8)
+    fixed = Blend(source(), torch.zeros(1, 6, 8), "eps", noise="fixed").start(SIGMAS, x)
+    fresh = Blend(source(), torch.zeros(1, 6, 8), "eps", noise="fresh").start(SIGMAS, x)
+    assert torch.equal(fixed(x, 4.0), fixed(x, 4.0))
+    assert not torch.equal(fresh(x, 4.0), fresh(x, 4.0))
+
+
+def test_the_same_seed_gives_the_same_run_and_leaves_the_global_generator_alone() -> None:
+    x = torch.zeros(1, 4, 6, 8)
+    before = torch.get_rng_state()
+    blend = Blend(source(), half_mask(), "eps", noise="fresh", seed=7)
+    first, second = (blend.start(SIGMAS, x)(x, 4.0) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_trajectory_needs_no_noise() -> None:
+    x = torch.zeros(1, 4, 6, 8)
+    run = Blend(trajectory(), torch.zeros(1, 6, 8), "eps", noise="trajectory").start(SIGMAS, x)
+    torch.testing.assert_close(run(x, 10.0), source() + 3)
+    torch.testing.assert_close(run(x, 1.0), source() + 1)
+    torch.testing.assert_close(run.finish(x), source())
+    with pytest.raises(TrajectoryMismatch, match=r"2\.5000.*same scheduler and steps"):
+        run(x, 2.5)
+
+
+def test_soft_masks_mix_linearly() -> None:
+    x = torch.ones(1, 4, 6, 8)
+    run = Blend(source(), torch.full((1, 6, 8), 0.25), "eps").start(SIGMAS, x)
+    torch.testing.assert_close(run.finish(x), 0.25 * x + 0.75 * source())
+
+
+def test_shrinking_masks_start_wide_and_end_exact() -> None:
+    mask = torch.zeros(1, 6, 8)
+    mask[0, 3, 4] = 1
+    sigmas = torch.linspace(10, 0, 51)
+    x = torch.full((1, 4, 6, 8), 1e6)
+    run = Blend(source(), mask, "eps", stages=2).start(sigmas, x)
+    changed = [int((run(x, float(s))[0, 0] > 1e5).sum()) for s in sigmas[:-1]]
+    assert changed[0] == 25
+    assert changed[-1] == 1
+    assert changed == sorted(changed, reverse=True)
+    assert int((run.finish(x)[0, 0] > 1e5).sum()) == 1
+
+
+@pytest.mark.parametrize("mask, same", [(torch.ones(1, 6, 8), "edit"), (torch.zeros(1, 6, 8), "source")])
+def test_all_or_nothing(mask: torch.Tensor, same: str) -> None:
+    x = torch.full((2, 4, 6, 8), 5.0)
+    run = Blend(source(), mask, "eps").start(SIGMAS, x)
+    out = run.finish(run(x, 1.0) * 0 + x)
+    assert torch.equal(out, x if same == "edit" else source().expand_as(x))
+
+
+def test_between_the_levels_the_step_is_the_one_that_runs() -> None:
+    run = Blend(source(), half_mask(), "eps").start(SIGMAS, torch.zeros(1, 4, 6, 8))
+    assert [run.step_of(s) for s in (10.0, 7.0, 4.0, 2.0, 1.0, 0.5, 0.0)] == [0, 0, 1, 1, 2, 2, 2]
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(InvalidImage, match="TRAJECTORY of a DDIM Inverter"):
+        Blend(source(), half_mask(), "eps", noise="trajectory")
+    with pytest.raises(InvalidImage, match="mask"):
+        Blend(source(), torch.zeros(1, 48, 64), "eps")
+    with pytest.raises(InvalidImage, match="NaN|finite"):
+        Blend(source() * float("nan"), half_mask(), "eps")
+    with pytest.raises(InvalidImage, match="Sample at the size of the source"):
+        Blend(source(), half_mask(), "eps").start(SIGMAS, torch.zeros(1, 4, 8, 8))
+    with pytest.raises(InvalidImage, match="2 masks for a batch of 3"):
+        Blend(source(), half_mask().repeat(2, 1, 1), "eps").start(SIGMAS, torch.zeros(3, 4, 6, 8))
+    with pytest.raises(InvalidSchedule, match="two noise levels"):
+        Blend(source(), half_mask(), "eps").start(torch.tensor([1.0]), torch.zeros(1, 4, 6, 8))
