@@ -1,0 +1,232 @@
+"""``python -m benchmarks.pebble``: what Pebble can do, and inversion and blending on it, over held-out scenes.
+
+Prints a table; ``--write-card`` also stores it in the card beside the weights. Evaluation scenes are never trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retrace.blending import Blend
+from retrace.hosts.diffusers import DiffusersHost
+from retrace.inversion import invert
+from retrace.masks import latent_mask, mask_precision
+from retrace.metrics import psnr
+from retrace.paste import paste_background
+from retrace.pebble.parser import found, parse
+from retrace.pebble.scenes import (
+    Scene,
+    heldout,
+    instance_masks,
+    render_batch,
+    sample_scene,
+    scene_rng,
+)
+from retrace.pebble.weights import weights_folder
+from retrace.sampling import sample_ddim
+
+Result = dict[str, float | int]
+BATCH = 16
+
+
+def to_nhwc(images: Tensor) -> Tensor:
+    return images.permute(0, 2, 3, 1).contiguous()
+
+
+def to_nchw(images: Tensor) -> Tensor:
+    return images.permute(0, 3, 1, 2).contiguous()
+
+
+def texts(host: Any, prompts: list[str]) -> Any:
+    """One condition for a batch of pictures with a prompt each."""
+    conds = [host.encode_text(p) for p in prompts]
+    return conds[0].with_embedding(torch.cat([c.embedding for c in conds]))
+
+
+def batches(items: list[Any]) -> list[list[Any]]:
+    return [items[i : i + BATCH] for i in range(0, len(items), BATCH)]
+
+
+def sample(host: Any, prompts: list[str], steps: int, guidance: float, start: Tensor | None, seed: int) -> Tensor:
+    """Guided DDIM samples ``[B, H, W, 3]``, one per prompt, from ``start`` or from noise."""
+    generator = torch.Generator().manual_seed(seed)
+    sigmas = host.sigmas("ddim_uniform", steps)
+    size = host.native_size // host.downscale
+    noise = torch.randn(len(prompts), host.latent_channels, size, size, generator=generator)
+    x = noise * float(sigmas[0]) if start is None else start
+    conds = {"positive": texts(host, prompts), "negative": texts(host, [""] * len(prompts))}
+
+    def method(model: Any, latent: Tensor, c: Any) -> Tensor:
+        return sample_ddim(model, latent, sigmas, c["positive"], c["negative"], guidance)
+
+    return host.decode_latent(host.run(x, conds, method))
+
+
+def vae_reconstruction(host: Any, count: int) -> Result:
+    values = []
+    for scenes in batches(heldout(count)):
+        images = to_nhwc(render_batch(scenes))
+        values.append(psnr(host.decode_latent(host.encode_image(images)), images))
+    return {"psnr_db": float(torch.cat(values).mean()), "worst_db": float(torch.cat(values).min())}
+
+
+def parser_on_truth(count: int) -> Result:
+    def right(scene: Scene, image: Tensor) -> bool:
+        got = parse(image)
+        wanted = sorted((o.colour, o.shape) for o in scene.objects)
+        return got.ground == scene.ground.name and sorted((o.colour, o.shape) for o in got.objects) == wanted
+
+    scenes = heldout(count)
+    hits = [right(s, i) for s, i in zip(scenes, render_batch(scenes), strict=True)]
+    return {"right": sum(hits) / count}
+
+
+def prompt_following(host: Any, count: int, steps: int = 50, guidance: float = 5.0) -> Result:
+    """Share of samples that show the asked colour and shape; captions of held-out scenes with one object."""
+    scenes = heldout(count, start=50_000, objects=1)
+    hits: list[bool] = []
+    for number, part in enumerate(batches(scenes)):
+        images = sample(host, [s.caption() for s in part], steps, guidance, None, seed=number)
+        hits += [found(i, s.objects[0].colour, s.objects[0].shape) for s, i in zip(part, to_nchw(images), strict=True)]
+    return {"right": sum(hits) / count}
+
+
+def clip_retrieval(count: int) -> Result:
+    from retrace.pebble.clip_model import load_clip, retrieval
+
+    scenes = heldout(count)
+    model, tokenize = load_clip()
+    return {"top1_of_32": retrieval(model, tokenize, [s.caption() for s in scenes], render_batch(scenes))}
+
+
+def inversion_round_trip(host: Any, count: int) -> Result:
+    """How far inversion and sampling at guidance 1 fall below the VAE's own reconstruction, in dB."""
+    totals: dict[str, list[Tensor]] = {}
+    for scenes in batches(heldout(count)):
+        images = to_nhwc(render_batch(scenes))
+        latents = host.encode_image(images)
+        cond = {"positive": texts(host, [s.caption() for s in scenes])}
+        bound = psnr(host.decode_latent(latents), images)
+        for method, steps in (("ddim", 50), ("fixed_point", 25), ("fixed_point", 50)):
+            sigmas = host.sigmas("ddim_uniform", steps)
+
+            def round_trip(model: Any, x0: Tensor, c: Any, method: str = method, sigmas: Tensor = sigmas) -> Tensor:
+                trajectory = invert(model, x0, sigmas, c["positive"], method=method)
+                return sample_ddim(model, trajectory.noise.to(x0), sigmas, c["positive"])
+
+            back = host.decode_latent(host.run(latents, cond, round_trip))
+            totals.setdefault(f"{method}_{steps}_loss_db", []).append(bound - psnr(back, images))
+    return {name: float(torch.cat(values).mean()) for name, values in totals.items()}
+
+
+def red_circle_scenes(count: int) -> list[Scene]:
+    """Held-out scenes whose first object is a red circle; at most one other object, which must stay."""
+    scenes = []
+    for index in range(count):
+        rng = scene_rng("heldout", 100_000 + index)
+        scene = sample_scene(rng, objects=int(rng.integers(1, 3)))
+        first = replace(scene.objects[0], colour="red", shape="circle")
+        scenes.append(replace(scene, objects=(first, *scene.objects[1:])))
+    return scenes
+
+
+def blend_edits(host: Any, count: int, steps: int = 50, guidance: float = 5.0, level: int = 5) -> Result:
+    """ "a red circle" under its mask becomes "a blue square": one sample each, background from one noise."""
+    hits, same = [], []
+    for number, scenes in enumerate(batches(red_circle_scenes(count))):
+        images = to_nhwc(render_batch(scenes))
+        masks = mask_precision(torch.stack([instance_masks(s)[0] for s in scenes]), level)
+        latents = host.encode_image(images)
+        size = (latents.shape[-2], latents.shape[-1])
+        blend = Blend(latents, latent_mask(masks, size=size), host.parametrisation, seed=number)
+        sigmas = host.sigmas("ddim_uniform", steps)
+        prompts = [
+            replace(s, objects=(replace(s.objects[0], colour="blue", shape="square"),)).caption() for s in scenes
+        ]
+        conds = {"positive": texts(host, prompts), "negative": texts(host, [""] * len(prompts))}
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1000 + number)) * float(sigmas[0])
+
+        def method(model: Any, x: Tensor, c: Any, sigmas: Tensor = sigmas, blend: Blend = blend) -> Tensor:
+            run = blend.start(sigmas, x)
+
+            def keep(i: int, sigma: float, x: Tensor, denoised: Tensor) -> Tensor:
+                return run(x, sigma) if sigma > 0 else run.finish(x)
+
+            start = run(x, float(sigmas[0]))
+            return sample_ddim(model, start, sigmas, c["positive"], c["negative"], guidance, keep)
+
+        edited = paste_background(host.decode_latent(host.run(noise, conds, method)), images, masks)
+        hits += [found(i, "blue", "square", m) for i, m in zip(to_nchw(edited), masks, strict=True)]
+        outside = masks == 0
+        eight = [(x * 255).round().to(torch.uint8) for x in (edited, images)]
+        same += [bool((a[o] == b[o]).all()) for a, b, o in zip(*eight, outside, strict=True)]
+    return {"success": sum(hits) / count, "identical_outside": sum(same) / count}
+
+
+def speed(host: Any) -> Result:
+    image = to_nhwc(render_batch(heldout(1)))
+    caption = heldout(1)[0].caption()
+
+    def seconds(work: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    def inversion() -> object:
+        sigmas = host.sigmas("ddim_uniform", 50)
+        cond = {"positive": texts(host, [caption])}
+        return host.run(host.encode_image(image), cond, lambda m, x, c: invert(m, x, sigmas, c["positive"]))
+
+    sampling = seconds(lambda: sample(host, [caption], 50, 5.0, None, seed=0))
+    return {
+        "sample_50_steps_s": sampling,
+        "inversion_50_steps_s": seconds(inversion),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the full number of scenes")
+    parser.add_argument("--only", nargs="*", help="names of the measurements to run")
+    parser.add_argument("--write-card", action="store_true")
+    args = parser.parse_args()
+    host = DiffusersHost.load(None)
+
+    def n(full: int) -> int:
+        return max(BATCH, round(full * args.scale))
+
+    measurements: dict[str, Callable[[], Result]] = {
+        "vae_reconstruction": lambda: vae_reconstruction(host, n(200)),
+        "parser_on_truth": lambda: parser_on_truth(n(500)),
+        "clip_retrieval": lambda: clip_retrieval(n(640)),
+        "prompt_following": lambda: prompt_following(host, n(200)),
+        "inversion_round_trip": lambda: inversion_round_trip(host, n(50)),
+        "blend_edits": lambda: blend_edits(host, n(100)),
+        "speed": lambda: speed(host),
+    }
+    results: dict[str, Result] = {}
+    for name, measure in measurements.items():
+        if args.only and name not in args.only:
+            continue
+        start = time.perf_counter()
+        results[name] = {k: round(v, 4) for k, v in measure().items()}
+        figures = ", ".join(f"{k} {v}" for k, v in results[name].items())
+        print(f"{name:22} {figures}   ({time.perf_counter() - start:.0f} s)", flush=True)
+    if args.write_card:
+        path = weights_folder() / "card.json"
+        card = json.loads(path.read_text(encoding="utf-8"))
+        card["measured"] = {**card.get("measured", {}), **results}
+        path.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
