@@ -18,6 +18,7 @@ from torch import Tensor
 from ...errors import RetraceError
 from ...host import Conditioning, Parametrisation
 from .conditioning import ComfyConditioning
+from .gradients import ConstantControl, differentiable_attention, gradient_mode
 from .plain import alias
 
 
@@ -40,6 +41,7 @@ class ComfyDenoiser:
             comfy.patcher_extension.WrappersMP.APPLY_MODEL, "retrace", self._apply, self.options, is_model_options=True
         )
         self.observers: list[Callable[[list[int], int], None]] = []  # told of every pass: its conditions, its rows
+        self._controls: dict[int, ConstantControl] = {}
         self._bar: Any = None
         self._previewer: Any = None
 
@@ -54,6 +56,7 @@ class ComfyDenoiser:
         levels = levels.detach().expand(x.shape[0]).contiguous()
         x = alias(x).to(self.device, torch.float32)
         if torch.is_grad_enabled():
+            entries = [[self._constant_control(entry) for entry in cond] for cond in entries]
             return list(comfy.samplers.calc_cond_batch(self.model, entries, x, levels, self.options))
         # Core's own buffers are inference tensors, and those may only be written in inference mode.
         with torch.inference_mode():
@@ -73,6 +76,19 @@ class ComfyDenoiser:
         self._bar.update_absolute(step, total, preview)
 
     @contextmanager
+    def differentiable(self) -> Iterator[None]:
+        """Inside, gradients flow from :meth:`denoised` to ``x`` and to embeddings, but not into ControlNets.
+
+        Raises :class:`~retrace.errors.RetraceError` unless the run was opened with ``gradients=True``.
+        """
+        if not self.gradients:
+            raise RetraceError("This run was opened without gradients. Call host.run(..., gradients=True).")
+        options = comfy.model_patcher.create_model_options_clone(self.options)
+        differentiable_attention(options)
+        with self.with_options(options), gradient_mode(self.model.diffusion_model):
+            yield
+
+    @contextmanager
     def with_options(self, options: dict[str, Any]) -> Iterator[None]:
         """Inside, the network runs with ``options`` (a changed clone of :attr:`options`)."""
         before, self.options = self.options, options
@@ -80,6 +96,13 @@ class ComfyDenoiser:
             yield
         finally:
             self.options = before
+
+    def _constant_control(self, entry: dict[str, Any]) -> dict[str, Any]:
+        control = entry.get("control")
+        if control is None:
+            return entry
+        # One stand-in per ControlNet: core batches conditions only when they hold the same object.
+        return {**entry, "control": self._controls.setdefault(id(control), ConstantControl(control))}
 
     def _apply(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Around every pass of the network: count its rows and say which conditions they belong to."""

@@ -12,11 +12,14 @@ from torch import Tensor
 
 from ...errors import InvalidImage, RetraceError
 from ...host import Conditioning, Denoiser, Parametrisation
+from . import gradients as gradient_modes
 from . import plain, sampling
 from .conditioning import ComfyConditioning
 from .denoiser import ComfyDenoiser
+from .fingerprint import fingerprint as model_fingerprint
 
 T = TypeVar("T")
+GRAPH_MEMORY = 3  # memory of a forward pass that is kept for backward, against one that is not
 
 
 class ComfyHost:
@@ -36,6 +39,8 @@ class ComfyHost:
         self.vae = vae
         self.parametrisation: Parametrisation = sampling.parametrisation(self._sampling)
         self.latent_channels = int(self._format.latent_channels)
+        self._model_clone: Any = None  # the same weights with wrappers, made when gradients are first asked for
+        self._vae_clone: Any = None
         self._running: Any = None  # the patcher of the run in progress, which must stay loaded beside the VAE
 
     @property
@@ -61,6 +66,10 @@ class ComfyHost:
         """Descending noise levels of core's scheduler of that name, the last one 0 (see ``scheduled_sigmas``)."""
         return sampling.scheduled_sigmas(self._sampling, scheduler, steps)
 
+    def fingerprint(self) -> str:
+        """A short digest of weights, LoRAs and prediction: equal for equal models (see ``fingerprint.py``)."""
+        return model_fingerprint(self.model)
+
     def to_model_scale(self, samples: Tensor) -> Tensor:
         """``samples`` of a LATENT socket in the model's scale. Like core, leaves an empty (all-zero) latent alone."""
         if not bool(torch.count_nonzero(samples)):
@@ -74,29 +83,52 @@ class ComfyHost:
     def encode_text(self, prompt: str) -> Any:
         """The prompt as CONDITIONING, with the syntax that core's text encode node understands."""
         clip = self._need("clip", "encode a prompt")
-        return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+        with torch.inference_mode():
+            cond = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+        return plain.change_tensors(cond, plain.alias)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Images ``[B, H, W, 3]`` in 0..1 to latents (posterior mean) ``[B, C, h, w]``.
 
-        Core tiles when memory is short. Raises :class:`~retrace.errors.InvalidImage` for other shapes and for sizes the VAE would crop.
+        Core tiles when memory is short. Raises :class:`~retrace.errors.InvalidImage` for other shapes and for sizes
+        that the VAE would crop.
         """
         vae = self._need("vae", "encode an image")
         if image.ndim != 4 or image.shape[-1] < 3:
-            raise InvalidImage(
-                f"An image of shape {tuple(image.shape)} arrived; [B, H, W, 3] with values in 0..1 is needed."
-            )
+            raise InvalidImage(f"An image of shape {tuple(image.shape)} arrived; [B, H, W, 3] in 0..1 is needed.")
         cell = self.downscale
         if image.shape[1] % cell or image.shape[2] % cell:
             raise InvalidImage(
-                f"The image is {image.shape[2]} x {image.shape[1]} pixels; both must be multiples of {cell} "
-                "for this VAE. Resize or crop it first."
+                f"The image is {image.shape[2]} x {image.shape[1]} pixels; this VAE needs multiples of {cell}. "
+                "Resize or crop it first."
             )
-        return self._format.process_in(vae.encode(image[..., :3]))  # type: ignore[no-any-return]
+        with torch.inference_mode():
+            latent = self._format.process_in(vae.encode(image[..., :3]))
+        return plain.alias(latent)
 
     def decode_latent(self, latent: Tensor) -> Tensor:
-        """Latents to images ``[B, H, W, 3]`` in 0..1, tiled by core if memory is short."""
-        return self._need("vae", "decode a latent").decode(self.from_model_scale(latent))  # type: ignore[no-any-return]
+        """Latents to images ``[B, H, W, 3]`` in 0..1; core tiles when memory is short."""
+        vae = self._need("vae", "decode a latent")
+        with torch.inference_mode():
+            image = vae.decode(self.from_model_scale(latent))
+        return plain.alias(image)
+
+    def decode_differentiable(self, latent: Tensor) -> Tensor:
+        """Latents to images ``[B, 3, H, W]`` around -1..1, unclamped, with gradients to ``latent``.
+
+        Never tiled: the whole graph has to fit into memory. Takes gradients only from a caller outside inference mode,
+        as inside :meth:`run` or ``torch.inference_mode(False)``.
+        """
+        vae = self._need("vae", "decode a latent")
+        if self._vae_clone is None:
+            self._vae_clone = gradient_modes.gradient_clone(vae.patcher)
+        memory = GRAPH_MEMORY * vae.memory_used_decode(latent.shape, vae.vae_dtype)
+        wanted = [self._vae_clone] if self._running is None else [self._running, self._vae_clone]
+        with torch.inference_mode():
+            comfy.model_management.load_models_gpu(wanted, memory_required=memory)
+        with gradient_modes.gradient_mode(vae.first_stage_model):
+            samples = self.from_model_scale(plain.alias(latent))
+            return vae.first_stage_model.decode(samples.to(vae.device, vae.vae_dtype)).float()  # type: ignore[no-any-return]
 
     def run(
         self,
@@ -112,7 +144,9 @@ class ComfyHost:
         ``conds`` are CONDITIONING lists; areas, masks, ControlNets, hooks, size ids and long prompts work as in core.
         """
         self._check(latent)
-        patcher = self.model
+        if gradients and self._model_clone is None:
+            self._model_clone = gradient_modes.gradient_clone(self.model)
+        patcher = self._model_clone if gradients else self.model
         sampler = _MethodSampler(self, latent, method, gradients)
         guider = comfy.samplers.CFGGuider(patcher)
         guider.inner_set_conds(dict(conds))

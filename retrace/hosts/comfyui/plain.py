@@ -27,21 +27,24 @@ def alias(tensor: Tensor) -> Tensor:
 
 def result(value: T, device: torch.device) -> T:
     """``value`` with every tensor in it detached, ordinary and on ``device``; containers, dataclasses are rebuilt."""
-    return _map(value, lambda tensor: alias(tensor.detach()).to(device))  # type: ignore[no-any-return]
+    return change_tensors(value, lambda tensor: alias(tensor.detach()).to(device))  # type: ignore[no-any-return]
 
 
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def change_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with ``change`` applied to every tensor inside it."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
-        return type(value)((key, _map(item, change)) for key, item in value.items())
+        return type(value)((key, change_tensors(item, change)) for key, item in value.items())
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map(item, change) for item in value))
+        return type(value)(*(change_tensors(item, change) for item in value))
     if isinstance(value, (list, tuple)):
-        return type(value)(_map(item, change) for item in value)
+        return type(value)(change_tensors(item, change) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {
-            field.name: _map(getattr(value, field.name), change) for field in dataclasses.fields(value) if field.init
+            field.name: change_tensors(getattr(value, field.name), change)
+            for field in dataclasses.fields(value)
+            if field.init
         }
         return dataclasses.replace(value, **fields)
     return value

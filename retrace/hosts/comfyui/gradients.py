@@ -1,0 +1,123 @@
+"""Gradients through ComfyUI's networks.
+
+Loaders run under ``torch.inference_mode``, so weights are inference tensors and autograd refuses to save them. On a
+*clone* of the model every layer gets a weight wrapper (core's own extension point) that hands autograd an ordinary
+tensor over the same storage. Nothing of the shared model changes; loading the original again removes the wrappers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.ldm.modules.attention
+import torch
+from torch import Tensor, nn
+
+from ...errors import UnsupportedModel
+from .compat import set_in_training
+from .plain import alias, change_tensors
+
+
+class OrdinaryWeight:
+    """A weight wrapper for one parameter of one layer; core calls it with the weight at every forward pass."""
+
+    def __init__(self, module: nn.Module, parameter: str) -> None:
+        self.module = module
+        self.parameter = parameter
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """The layer's own storage while it lies ready on the device; a copy where it could be overwritten.
+
+        Core hands over a temporary copy. Keeping that until the backward pass would hold a second copy of the whole
+        model, so it is dropped in favour of the parameter itself. It is kept where the parameter is not what the layer
+        computes with: weights in system memory, in pages of dynamic VRAM, of another dtype, or patched on the fly.
+        """
+        if not torch.is_grad_enabled():
+            return weight
+        own = getattr(self.module, self.parameter)
+        resident = own.device == weight.device and own.dtype == weight.dtype and not hasattr(self.module, "_v")
+        if resident and getattr(self.module, f"{self.parameter}_function") == [self]:
+            return alias(own.detach())
+        return weight.detach().clone()
+
+
+def gradient_clone(patcher: Any) -> Any:
+    """A clone of ``patcher`` whose layers take part in autograd, over the same weights.
+
+    Raises :class:`~retrace.errors.UnsupportedModel` for quantised weights, whose kernels have no backward.
+    """
+    clone = patcher.clone()
+    for name, module in clone.model.named_modules():
+        if not hasattr(module, "weight_function"):
+            continue
+        for parameter in ("weight", "bias"):
+            value = getattr(module, parameter, None)
+            if value is None:
+                continue
+            if "Quantized" in type(value).__name__ or "Quantized" in type(getattr(value, "data", None)).__name__:
+                raise UnsupportedModel(
+                    f"The layer '{name}' has quantised weights, and gradients cannot pass through them. "
+                    "Load the fp16 or bf16 file of this model for methods that optimise."
+                )
+            clone.add_weight_wrapper(f"{name}.{parameter}", OrdinaryWeight(module, parameter))
+    return clone
+
+
+@contextmanager
+def gradient_mode(network: nn.Module) -> Iterator[None]:
+    """Autograd on, inference mode off, kernels with a backward chosen; all put back at the end."""
+    before = set_in_training(True)
+    try:
+        with _ordinary_leftovers(network), torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        if before is not None:
+            set_in_training(before)
+
+
+@contextmanager
+def _ordinary_leftovers(network: nn.Module) -> Iterator[None]:
+    """Parameters and buffers outside core's layers have no wrapper; they are exchanged for the duration."""
+    held: list[tuple[Any, str, Any]] = []
+    stores: tuple[Any, ...]
+    for module in network.modules():
+        if hasattr(module, "weight_function"):
+            continue
+        stores = (module._parameters, module._buffers)
+        for store in stores:
+            held += [(store, key, value) for key, value in store.items() if value is not None and value.is_inference()]
+    try:
+        for store, key, value in held:
+            ordinary = alias(value.detach())
+            store[key] = nn.Parameter(ordinary, requires_grad=False) if isinstance(value, nn.Parameter) else ordinary
+        yield
+    finally:
+        for store, key, value in held:
+            store[key] = value
+
+
+def differentiable_attention(options: dict[str, Any]) -> None:
+    """Make every attention call of ``options`` use PyTorch's: sage, flash and int8 kernels have no backward."""
+
+    def override(function: Any, *args: Any, **kwargs: Any) -> Any:
+        return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+
+    options.setdefault("transformer_options", {})["optimized_attention_override"] = override
+
+
+class ConstantControl:
+    """A ControlNet whose output counts as constant: its weights have no wrapper, so gradients stop at its input."""
+
+    def __init__(self, control: Any) -> None:
+        self._control = control
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._control, name)
+
+    def get_control(self, x_noisy: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the ControlNet adds to the network's features, as ordinary tensors."""
+        with torch.inference_mode():
+            features = self._control.get_control(x_noisy.detach(), *args, **kwargs)
+        return change_tensors(features, alias)
