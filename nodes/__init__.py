@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .blending import BlendStep, PasteBackground
 from .inversion import DDIMInverter
+from .inversion_files import LoadInversion, SaveInversion
 from .masks import MaskPrecisionBlur
 from .pebble import LoadPebble, PebbleScene
 from .report import EditReportNode
@@ -15,6 +16,8 @@ NODES: list[type[io.ComfyNode]] = [
     LoadPebble,
     PebbleScene,
     DDIMInverter,
+    SaveInversion,
+    LoadInversion,
     ReferenceSchedule,
     BlendStep,
     PasteBackground,

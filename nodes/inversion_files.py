@@ -1,0 +1,133 @@
+"""Save Inversion and Load Inversion: trajectories in ComfyUI's own output and input folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..retrace.errors import InvalidFile
+from ..retrace.trajectory import Trajectory as TrajectoryData
+from ..retrace.trajectory_file import SUFFIX, load_trajectory, safe_name, save_trajectory
+from ..retrace.validation import describe
+from ._errors import reports_errors
+from ._schema import Trajectory, schema
+
+_FOLDERS = {"output": folder_paths.get_output_directory, "input": folder_paths.get_input_directory}
+
+
+class SaveInversion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "inversion",
+            node_id="RetraceSaveInversion",
+            display_name="Save Inversion",
+            description="Writes an inversion to ComfyUI's output folder, so that it need not be computed again.",
+            search_aliases=["save trajectory"],
+            is_output_node=True,
+            inputs=[
+                Trajectory.Input("trajectory", tooltip="From 'DDIM Inverter'."),
+                io.String.Input(
+                    "name", default="inversion", tooltip="File name without folder, for example 'my_photo'."
+                ),
+                io.Boolean.Input(
+                    "overwrite",
+                    default=False,
+                    tooltip="On: replace a file of that name. Off: number the new one (my_photo_2, my_photo_3 ...).",
+                ),
+            ],
+            outputs=[io.String.Output("file", display_name="name", tooltip="The name of the file that was written.")],
+        )
+
+    @classmethod
+    @reports_errors("Save Inversion")
+    def execute(cls, trajectory: TrajectoryData, name: str, overwrite: bool) -> io.NodeOutput:
+        _check_trajectory(trajectory)
+        path = Path(_FOLDERS["output"]()) / safe_name(name)
+        if not overwrite:
+            stem, number = path.stem, 2
+            while path.exists():
+                path = path.with_name(f"{stem}_{number}{SUFFIX}")
+                number += 1
+        save_trajectory(trajectory, path)
+        return io.NodeOutput(path.name, ui=ui.PreviewText(path.name))
+
+
+class LoadInversion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "inversion",
+            node_id="RetraceLoadInversion",
+            display_name="Load Inversion",
+            description="Reads an inversion that 'Save Inversion' wrote. With a model connected it checks that it made "
+            "the inversion, and also gives the noise as LATENT.",
+            search_aliases=["load trajectory"],
+            inputs=[
+                io.String.Input(
+                    "name", default="inversion", tooltip="File name without folder, for example 'my_photo'."
+                ),
+                io.Combo.Input(
+                    "folder", options=list(_FOLDERS), default="output", tooltip="In which of ComfyUI's folders it lies."
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The model that will sample; an inversion of another one is refused.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(
+                    "noise_latent",
+                    display_name="LATENT",
+                    tooltip="The noise to sample from; needs the model connected.",
+                ),
+                Trajectory.Output("trajectory", display_name="trajectory", tooltip="The latents at every noise level."),
+                io.Sigmas.Output("sigmas", display_name="SIGMAS", tooltip="The noise levels of the inversion."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, name: str, folder: str, **_: Any) -> Any:
+        """Read again when the file changed."""
+        try:
+            facts = (Path(_FOLDERS[folder]()) / safe_name(name)).stat()
+        except (InvalidFile, OSError):
+            return None
+        return facts.st_mtime_ns, facts.st_size
+
+    @classmethod
+    @reports_errors("Load Inversion")
+    def execute(cls, name: str, folder: str, model: Any = None) -> io.NodeOutput:
+        place = Path(_FOLDERS[folder]())
+        path = place / safe_name(name)
+        if not path.is_file():
+            there = sorted(file.stem for file in place.glob(f"*{SUFFIX}"))
+            held = f"holds {', '.join(there[:20])}" if there else "holds no such files at all"
+            raise InvalidFile(f"there is no file '{path.name}' in ComfyUI's {folder} folder, which {held}.")
+        trajectory = load_trajectory(path)
+        if model is None:
+            noise: Any = _no_model()
+        else:
+            from ..retrace.hosts.comfyui import ComfyHost
+            from ..retrace.hosts.comfyui.inversion import noise_samples
+
+            host = ComfyHost(model)
+            trajectory.require_model(host.fingerprint())
+            noise = {"samples": noise_samples(host, trajectory)}
+        return io.NodeOutput(noise, trajectory, trajectory.sigmas)
+
+
+def _check_trajectory(value: object) -> None:
+    if not isinstance(value, TrajectoryData):
+        raise InvalidFile(f"trajectory: got {describe(value)}, but an inversion is needed. Connect a 'DDIM Inverter'.")
+
+
+def _no_model() -> Any:
+    """Stands for the LATENT while nobody uses it; whoever does gets this message from ComfyUI."""
+    from comfy_execution.graph_utils import ExecutionBlocker
+
+    return ExecutionBlocker("Load Inversion: the noise as LATENT needs the model that made it. Connect its MODEL here.")
