@@ -15,8 +15,9 @@ from .host import Parametrisation
 class Trajectory:
     """Latents of an inverted image at every noise level, in sampling order: first the noise, last the image.
 
-    ``sigmas`` is ``[N + 1]`` and descends to (almost) 0, ``latents`` is ``[N + 1, B, C, h, w]`` in the model's scale, both
-    on the CPU; ``latents[i]`` belongs to ``sigmas[i]``. ``fingerprint`` says which model made it, ``method`` how.
+    ``sigmas`` is ``[N + 1]`` and descends to (almost) 0, ``latents`` is ``[N + 1, B, C, h, w]`` in the model's scale,
+    both on the CPU; ``latents[i]`` belongs to ``sigmas[i]``. ``fingerprint`` says which model made it, ``method``
+    how.
     """
 
     sigmas: Tensor
@@ -24,7 +25,7 @@ class Trajectory:
     parametrisation: Parametrisation
     fingerprint: str
     method: str
-    report: dict[str, float | int | str] = field(default_factory=dict)
+    report: dict[str, float | int | str | list[float] | list[int]] = field(default_factory=dict)
 
     @property
     def noise(self) -> Tensor:
@@ -48,7 +49,8 @@ class Trajectory:
             levels = ", ".join(f"{s:.3f}" for s in self.sigmas.tolist())
             raise TrajectoryMismatch(
                 f"The sampler asks for noise level {sigma:.4f}, which the inversion does not hold (it has {levels}). "
-                f"Sample with the sigmas of the inverter: connect its SIGMAS output, or use the same scheduler and steps."
+                f"Sample with the sigmas of the inverter: connect its SIGMAS output, or use the same scheduler and "
+                "steps."
             )
         return self.latents[index]
 
@@ -56,6 +58,6 @@ class Trajectory:
         """Raise :class:`TrajectoryMismatch` unless this model made the trajectory."""
         if fingerprint != self.fingerprint:
             raise TrajectoryMismatch(
-                f"This inversion was made with another model (its fingerprint is {self.fingerprint}, the connected model's "
-                f"{fingerprint}). Connect the model that was used to invert, or invert again with this one."
+                f"This inversion was made with another model (its fingerprint is {self.fingerprint}, the connected "
+                f"model's {fingerprint}). Connect the model that was used to invert, or invert again with this one."
             )
