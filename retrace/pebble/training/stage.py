@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 log = logging.getLogger("retrace.pebble")
 
@@ -151,7 +152,13 @@ def fast_precision(device: torch.device) -> Iterator[None]:
     """bf16 autocast where this machine is faster with it, fp32 elsewhere."""
     if device.type not in _bf16_is_fast:
         _bf16_is_fast[device.type] = _probe_bf16(device)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=_bf16_is_fast[device.type]):
+    with contextlib.ExitStack() as stack:
+        if _bf16_is_fast[device.type]:
+            stack.enter_context(torch.autocast(device.type, dtype=torch.bfloat16))
+            if (
+                device.type == "cpu"
+            ):  # its fused attention has a slow bf16 backward; two matmuls take a third of the time
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
 
 
