@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from ...errors import RetraceError
-from ...host import Conditioning, Parametrisation
+from ...host import AttentionHook, Conditioning, Parametrisation
+from .attention import install_attention
 from .conditioning import ComfyConditioning
+from .features import FeatureRecorder
 from .gradients import ConstantControl, differentiable_attention, gradient_mode
 from .plain import alias
 
@@ -40,7 +42,7 @@ class ComfyDenoiser:
         comfy.patcher_extension.add_wrapper_with_key(
             comfy.patcher_extension.WrappersMP.APPLY_MODEL, "retrace", self._apply, self.options, is_model_options=True
         )
-        self.observers: list[Callable[[list[int], int], None]] = []  # told of every pass: its conditions, its rows
+        self._recorders: list[FeatureRecorder] = []
         self._controls: dict[int, ConstantControl] = {}
         self._bar: Any = None
         self._previewer: Any = None
@@ -55,12 +57,16 @@ class ComfyDenoiser:
         levels = alias(torch.as_tensor(sigma, dtype=torch.float32, device=self.device))
         levels = levels.detach().expand(x.shape[0]).contiguous()
         x = alias(x).to(self.device, torch.float32)
+        for recorder in self._recorders:
+            recorder.begin()
         if torch.is_grad_enabled():
             entries = [[self._constant_control(entry) for entry in cond] for cond in entries]
-            return list(comfy.samplers.calc_cond_batch(self.model, entries, x, levels, self.options))
-        # Core's own buffers are inference tensors, and those may only be written in inference mode.
-        with torch.inference_mode():
             estimates = comfy.samplers.calc_cond_batch(self.model, entries, x, levels, self.options)
+        else:  # core's own buffers are inference tensors, and those may only be written in inference mode
+            with torch.inference_mode():
+                estimates = comfy.samplers.calc_cond_batch(self.model, entries, x, levels, self.options)
+        for recorder in self._recorders:
+            recorder.finish()
         return [alias(estimate) for estimate in estimates]
 
     def progress(self, step: int, total: int, denoised: Tensor | None = None) -> None:
@@ -89,6 +95,32 @@ class ComfyDenoiser:
             yield
 
     @contextmanager
+    def attention(self, hook: AttentionHook) -> Iterator[None]:
+        """Inside, every attention layer calls ``hook``. May be nested: the inner hook's ``attend`` is the outer hook.
+
+        Raises :class:`~retrace.errors.UnsupportedModel` unless the model is a UNet of the SD1.5 or SDXL kind.
+        """
+        options = comfy.model_patcher.create_model_options_clone(self.options)
+        install_attention(options, self.model.diffusion_model, hook)
+        with self.with_options(options):
+            yield
+
+    @contextmanager
+    def features(self, blocks: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """Inside, the outputs ``[rows, C, h, w]`` of these blocks ("up.0" ..., "mid.0", "down.0" ...) are kept.
+
+        The dictionary holds those of the newest call, rows in the order of its conditions and, for each, its images.
+        Raises :class:`~retrace.errors.RetraceError` for a block that the model does not have.
+        """
+        recorder = FeatureRecorder(blocks)
+        with recorder.hooked(self.model.diffusion_model):
+            self._recorders.append(recorder)
+            try:
+                yield recorder.kept
+            finally:
+                self._recorders.remove(recorder)
+
+    @contextmanager
     def with_options(self, options: dict[str, Any]) -> Iterator[None]:
         """Inside, the network runs with ``options`` (a changed clone of :attr:`options`)."""
         before, self.options = self.options, options
@@ -109,8 +141,8 @@ class ComfyDenoiser:
         x = args[0] if args else kwargs["x"]
         options = args[5] if len(args) > 5 else kwargs.get("transformer_options", {})
         self.evaluations += int(x.shape[0])
-        for observe in self.observers:
-            observe(list(options.get("cond_or_uncond", [0])), int(x.shape[0]))
+        for recorder in self._recorders:
+            recorder.observe(list(options.get("cond_or_uncond", [0])))
         return executor(*args, **kwargs)
 
 
