@@ -13,7 +13,7 @@ from .data import ScenePool
 from .stage import Stage, best_device
 
 # How the time is shared; the UNet has the most to learn.
-SHARES = {"vae": 0.28, "clip": 0.12, "unet": 0.60}
+SHARES = {"vae": 0.31, "clip": 0.11, "unet": 0.58}
 
 
 def round_to_half(model: torch.nn.Module) -> torch.nn.Module:

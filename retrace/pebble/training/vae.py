@@ -9,11 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import architecture
+from ..scenes import SIZE
 from .data import ScenePool
 from .stage import Stage
 
 KL_WEIGHT = 1e-4
 CROP, BATCH = 64, 16
+# The last part sees whole pictures: group norms and the attention in the middle depend on the picture's size.
+WHOLE_FROM = 0.85
 
 
 def build():
@@ -33,11 +36,13 @@ def stage(folder: Path, seconds: float, max_steps: int = 40_000) -> Stage:
 
 
 def train(folder: Path, seconds: float, pool: ScenePool) -> Stage:
-    """L1 + MSE reconstruction with a small KL term; crops of 64 pixels show every texture and edge."""
+    """L1 + MSE reconstruction with a small KL term; crops of 64 pixels show every texture and edge cheaply."""
     run = stage(folder, seconds)
 
     def loss(generator: torch.Generator) -> Tensor:
-        x = pool.crops(BATCH, CROP, generator).to(run.device)
+        whole = run.progress > WHOLE_FROM
+        size, batch = (SIZE, BATCH * CROP**2 // SIZE**2) if whole else (CROP, BATCH)
+        x = pool.crops(batch, size, generator).to(run.device)
         posterior = run.model.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
         y = run.model.decode(posterior.mean + posterior.std * noise).sample.float()
