@@ -1,4 +1,4 @@
-"""One step of an inversion, solved in three ways; :mod:`retrace.inversion` says what they are and walks the schedule."""
+"""One step of an inversion, solved in three ways; :mod:`retrace.inversion` tells them apart and walks the schedule."""
 
 from __future__ import annotations
 
@@ -74,6 +74,11 @@ class _Anderson:
         self.images: list[Tensor] = []
         self.errors: list[Tensor] = []
 
+    @property
+    def active(self) -> bool:
+        """Whether the last proposal was an accelerated one."""
+        return len(self.images) > 1
+
     def restart(self) -> None:
         self.images, self.errors = [], []
 
@@ -118,7 +123,8 @@ def fixed_point(problem: Problem, guess: Tensor | None, tolerance: float, max_it
         for b in sorted(active):
             residual = residuals[b]
             stalled[b] = 0 if residual < 0.9 * best[b] else stalled[b] + 1
-            diverges = not residual < 2 * best[b]
+            # A plain step may overshoot: acceleration learns from that. After an accelerated one it is divergence.
+            diverges = not math.isfinite(residual) or (residual > 2 * best[b] and accelerate[b].active)
             if residual < best[b]:
                 best[b] = residual
                 best_x[b], best_image[b], best_denoised[b] = x[b], image[b], denoised[b]

@@ -1,0 +1,230 @@
+"""Inversion on Gaussian data: orders of convergence, round trips, costs and errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from retrace.errors import InvalidImage, InvalidSchedule, RetraceError
+from retrace.inversion import METHODS, PSNR_CAP, invert, latent_psnr
+from retrace.sampling import sample_ddim
+from retrace.schedule import reference_sigmas
+
+from .gaussian import Mean, centre, ladder, natural, relative, slope, stable_diffusion_sigmas
+
+KINDS = [("eps", 10.0, 3.0), ("v", 10.0, 3.0), ("flow", 1.0, 1.0)]
+
+
+def grid(kind, steps):
+    if kind == "flow":
+        return ladder(steps, 1.0, 1.0)
+    return reference_sigmas("leading_1", stable_diffusion_sigmas(), steps)
+
+
+@pytest.mark.parametrize(("kind", "top", "power"), KINDS)
+def test_ddim_inversion_is_first_order(kind, top, power):
+    model = natural(parametrisation=kind)
+    cond = centre(model)
+    x0 = model.draw(2, cond)
+    exact = model.exact(x0, 0.0, top, cond)
+    counts = [20, 40, 80, 160]
+    paths = [invert(model, x0, ladder(n, top, power), cond) for n in counts]
+    errors = [relative(path.noise, exact) for path in paths]
+    back = [
+        relative(sample_ddim(model, path.noise, ladder(n, top, power), cond), x0)
+        for n, path in zip(counts, paths, strict=True)
+    ]
+    assert errors[-1] < 0.015
+    assert 0.85 < slope(counts, errors) < 1.15
+    assert 0.85 < slope(counts, back) < 1.15
+
+
+@pytest.mark.parametrize("kind", ["eps", "flow"])
+@pytest.mark.parametrize("steps", [10, 25, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fixed_point_inversion_returns_to_the_start(kind, steps, dtype):
+    model = natural(parametrisation=kind, dtype=dtype)
+    cond = centre(model)
+    x0 = model.draw(1, cond)
+    sigmas = grid(kind, steps)
+    path = invert(model, x0, sigmas, cond, "fixed_point", verify=True)
+    assert relative(sample_ddim(model, path.noise, sigmas, cond), x0) < 1e-4
+    assert max(path.report["residuals"]) <= 5e-6
+    assert path.report["latent_psnr"] > 90
+    assert path.report["evaluations"] <= 6 * steps
+
+
+def test_fixed_point_at_25_steps_returns_better_than_ddim_at_50():
+    model = natural()
+    cond = centre(model)
+    x0 = model.draw(2, cond)
+    few = invert(model, x0, grid("eps", 25), cond, "fixed_point", tolerance=1e-3, verify=True).report
+    many = invert(model, x0, grid("eps", 50), cond, "ddim", verify=True).report
+    assert few["evaluations"] <= 1.2 * many["evaluations"]
+    assert few["latent_psnr"] > many["latent_psnr"] + 3
+
+
+def test_every_stored_latent_is_one_sampling_step_from_the_next():
+    model = natural()
+    cond = centre(model)
+    x0 = model.draw(2, cond)
+    path = invert(model, x0, grid("eps", 12), cond, "fixed_point", tolerance=1e-7, fingerprint="abc")
+    assert path.latents.shape == (13, 2, 1, 8, 8)
+    assert torch.equal(path.source, x0)
+    for i in range(12):
+        step = sample_ddim(model, path.latents[i], path.sigmas[i : i + 2], cond)
+        assert relative(step, path.latents[i + 1]) < 1e-6
+    assert (path.method, path.fingerprint, path.parametrisation) == ("fixed_point", "abc", "eps")
+
+
+@pytest.mark.parametrize("kind", ["eps", "flow"])
+def test_fixed_point_solves_a_curved_model(kind):
+    model = natural(parametrisation=kind)
+    model.bend = 2.0  # with this the plain iteration overshoots at the coarse steps
+    cond = centre(model)
+    x0 = model.draw(2, cond)
+    sigmas = grid(kind, 10)
+    path = invert(model, x0, sigmas, cond, "fixed_point", verify=True)
+    assert max(path.report["residuals"]) <= 5e-6
+    assert relative(sample_ddim(model, path.noise, sigmas, cond), x0) < 1e-3
+
+
+@pytest.mark.parametrize("gain", [-8.0, 9.0])
+def test_acceleration_solves_what_plain_iteration_blows_up(gain):
+    """D(x) = gain x makes g(x) = x_l + (1 - gain) / 2 x, which multiplies errors by 4.5 or -4."""
+    model = natural()
+    model.gain = gain
+    cond = centre(model)
+    x0 = model.draw(2, cond)
+    path = invert(model, x0, torch.tensor([1.0, 0.5]), cond, "fixed_point")
+    assert path.report["residuals"][0] < 1e-8
+    assert path.report["iterations"][0] <= 5
+    assert relative(path.noise, x0 / (1 - (1 - gain) / 2)) < 1e-8
+
+
+def test_without_a_solution_the_best_iterate_is_kept():
+    """gain -1 at half the level: g(x) = x_l + x has no fixed point, every iterate misses by x_l."""
+    model = natural()
+    model.gain = -1.0
+    x0 = model.draw(1, centre(model))
+    path = invert(model, x0, torch.tensor([1.0, 0.5]), centre(model), "fixed_point")
+    assert path.report["residuals"][0] == pytest.approx(1, abs=1e-6)
+    assert path.report["iterations"][0] <= 5  # it notices and stops
+    assert bool(torch.isfinite(path.latents).all())
+
+
+@pytest.mark.parametrize("kind", ["eps", "flow"])
+def test_spdinv_improves_on_ddim(kind):
+    model = natural(parametrisation=kind)
+    cond = centre(model)
+    x0 = model.draw(1, cond)
+    sigmas = grid(kind, 10)
+    plain = invert(model, x0, sigmas, cond, "ddim", verify=True).report
+    solved = invert(model, x0, sigmas, cond, "spdinv", verify=True).report
+    assert solved["latent_psnr"] > plain["latent_psnr"] + 3
+
+
+def test_costs_are_counted_exactly():
+    model = natural()
+    cond = centre(model)
+    x0 = model.draw(3, cond)
+    sigmas = grid("eps", 8)
+    report = invert(model, x0, sigmas, cond, "ddim", verify=True).report
+    assert (report["evaluations"], report["backwards"], report["iterations"]) == (3 * 8, 0, [1] * 8)
+    assert model.evaluations == 3 * 16  # verify adds one pass, which the report leaves out
+    assert model.steps[-1] == (16, 16)
+
+    report = invert(model, x0, sigmas, cond, "fixed_point", max_iterations=2).report
+    assert report["evaluations"] == 3 * 2 * 8 and report["iterations"] == [2] * 8
+    report = invert(model, x0, sigmas, cond, "fixed_point").report
+    assert report["evaluations"] == 3 * sum(report["iterations"])
+
+    model.backwards = 0
+    report = invert(model, x0, sigmas, cond, "spdinv", tolerance=1e-12, max_iterations=4).report
+    assert report["evaluations"] == 3 * (1 + 4) * 8  # the DDIM start, then four looks
+    assert report["backwards"] == model.backwards == 3 * 3 * 8
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["eps", "flow"])
+def test_a_batch_equals_its_images_one_by_one(method, kind):
+    model = natural(parametrisation=kind)
+    model.bend = 0.5
+    cond = centre(model)
+    x0 = model.draw(3, cond) * torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64).view(3, 1, 1, 1)
+    together = invert(model, x0, grid(kind, 8), cond, method)
+    for b in range(3):
+        alone = invert(model, x0[b : b + 1], grid(kind, 8), cond, method)
+        assert relative(together.latents[:, b : b + 1], alone.latents) < 1e-10
+
+
+def test_the_reference_grid_with_its_closing_no_op():
+    model = natural()
+    cond = centre(model)
+    x0 = model.draw(1, cond)
+    sigmas = reference_sigmas("leading_0", stable_diffusion_sigmas(), 10, parity=True)
+    path = invert(model, x0, sigmas, cond)
+    assert path.report["evaluations"] == 9
+    assert torch.equal(path.latents[-1], path.latents[-2])
+
+
+def test_ddim_is_the_step_of_the_null_text_code():
+    """z_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps with eps = eps(z_{t-1}, t), written out in the DDPM scale."""
+    model = natural()
+    cond = centre(model)
+    training = stable_diffusion_sigmas()
+    sigmas = reference_sigmas("leading_1", training, 10, parity=True)
+    alphas = 1 / (1 + sigmas.flip(0) ** 2)
+    z = model.draw(1, cond)
+    path = invert(model, z / alphas[0].sqrt(), sigmas, cond)
+    for i in range(10):
+        low, high, sigma = alphas[i], alphas[i + 1], float(sigmas.flip(0)[i + 1])
+        eps = (z / high.sqrt() - model.denoised(z / high.sqrt(), sigma, cond)) / sigma
+        clean = (z - (1 - low).sqrt() * eps) / low.sqrt()
+        z = high.sqrt() * clean + (1 - high).sqrt() * eps
+        assert relative(path.latents[-2 - i] * high.sqrt(), z) < 1e-12
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_interrupt_passes_through_and_inner_iterations_hear_it(method):
+    class Interrupt(BaseException):
+        pass
+
+    def stop(step):
+        raise Interrupt
+
+    model = natural()
+    model.on_progress = stop
+    with pytest.raises(Interrupt):
+        invert(model, model.draw(1, centre(model)), grid("eps", 5), centre(model), method)
+    assert model.evaluations == (2 if method == "spdinv" else 1)
+
+
+def test_bad_input_is_an_error_that_says_what_to_do():
+    model = natural()
+    cond = centre(model)
+    x0 = model.draw(1, cond)
+    sigmas = grid("eps", 4)
+    with pytest.raises(RetraceError, match="got 'euler', but one of ddim, fixed_point, spdinv"):
+        invert(model, x0, sigmas, cond, "euler")
+    with pytest.raises(RetraceError, match="tolerance: got -1"):
+        invert(model, x0, sigmas, cond, "fixed_point", tolerance=-1)
+    with pytest.raises(RetraceError, match="max_iterations: got 0"):
+        invert(model, x0, sigmas, cond, "fixed_point", max_iterations=0)
+    with pytest.raises(InvalidSchedule, match="Flip Sigmas"):
+        invert(model, x0, sigmas.flip(0), cond)
+    with pytest.raises(InvalidImage, match=r"latent to invert.*NaN or infinite"):
+        invert(model, x0 * float("inf"), sigmas, cond)
+    assert model.evaluations == 0
+    for method in METHODS:
+        with pytest.raises(RetraceError, match=r"NaN or infinity at step 1 of 4"):
+            invert(model, x0, sigmas, Mean(cond.embedding * float("nan")), method)
+
+
+def test_latent_psnr_known_values():
+    reference = torch.tensor([0.0, 1.0, 2.0, 4.0]).view(1, 1, 2, 2)
+    assert latent_psnr(reference, reference) == PSNR_CAP
+    assert latent_psnr(reference + 0.4, reference) == pytest.approx(20, abs=1e-4)
+    pair = torch.cat([reference, reference])
+    off = torch.cat([reference + 0.4, reference + 0.04])
+    assert latent_psnr(off, pair) == pytest.approx(30, abs=1e-4)

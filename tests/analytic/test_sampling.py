@@ -1,0 +1,111 @@
+"""DDIM sampling on Gaussian data, where the exact answer is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from retrace.errors import InvalidImage, InvalidSchedule, RetraceError
+from retrace.sampling import STOCHASTIC_SAMPLERS, ddim_step, require_deterministic, sample_ddim
+
+from .gaussian import Gaussian, Mean, centre, ladder, natural, relative, slope
+
+
+@pytest.mark.parametrize(("kind", "top", "power"), [("eps", 10.0, 3.0), ("v", 10.0, 3.0), ("flow", 1.0, 1.0)])
+def test_sampling_error_halves_when_the_steps_double(kind, top, power):
+    model = natural(parametrisation=kind)
+    cond = centre(model)
+    x0 = model.draw(2, cond)
+    noise = model.exact(x0, 0.0, top, cond)
+    counts = [20, 40, 80, 160]
+    errors = [relative(sample_ddim(model, noise, ladder(n, top, power), cond), x0) for n in counts]
+    assert errors[-1] < 0.02
+    assert 0.85 < slope(counts, errors) < 1.15
+    assert errors[-2] / errors[-1] == pytest.approx(2, rel=0.1)
+
+
+def test_a_step_follows_the_formula_and_its_ends():
+    x, denoised = torch.full((1, 1, 1, 2), 3.0), torch.full((1, 1, 1, 2), 1.0)
+    assert ddim_step(x, denoised, 2.0, 1.0).tolist() == [[[[2.0, 2.0]]]]
+    assert ddim_step(x, denoised, 2.0, 4.0).tolist() == [[[[5.0, 5.0]]]]
+    assert ddim_step(x, denoised, 2.0, 0.0) is denoised
+    assert ddim_step(x, denoised, 2.0, 2.0) is x
+    with pytest.raises(InvalidSchedule, match=r"from noise level 0 to 0\.5 has no direction.*first level above 0"):
+        ddim_step(x, denoised, 0.0, 0.5)
+
+
+def test_a_point_is_found_in_one_step_whatever_the_start():
+    model = Gaussian((2, 2, 2), torch.zeros(8))  # all data is one point: D is constant, so one step is exact
+    cond = centre(model)
+    out = sample_ddim(model, torch.randn(3, 2, 2, 2) * 14, torch.tensor([14.6, 0.0]), cond)
+    assert torch.equal(out, cond.embedding.view(1, 2, 2, 2).expand(3, -1, -1, -1))
+
+
+def test_guidance_moves_the_mean_linearly_and_costs_two_evaluations():
+    model = natural()
+    cond, uncond = centre(model, 0.4), centre(model, 0.1)
+    noise = model.draw(1, cond) * 0 + 10
+    sigmas = ladder(10, 10.0, 3.0)
+    guided = sample_ddim(model, noise, sigmas, cond, uncond, scale=3.0)
+    assert model.evaluations == 20
+    # For this model D is linear in the mean, so guidance 3 is the same as the mean itself moved threefold.
+    moved = Mean(uncond.embedding + 3 * (cond.embedding - uncond.embedding))
+    assert relative(guided, sample_ddim(model, noise, sigmas, moved)) < 1e-12
+    assert model.evaluations == 30
+    sample_ddim(model, noise, sigmas, cond, uncond, scale=1.0)
+    assert model.evaluations == 40
+
+
+def test_callback_sees_every_step_and_can_replace_the_latent():
+    model = natural()
+    cond = centre(model)
+    sigmas = ladder(4, 10.0, 1.0)
+    seen = []
+
+    def paste(step, sigma_next, x, denoised):
+        seen.append((step, sigma_next))
+        return torch.zeros_like(x) if sigma_next == 0 else None
+
+    out = sample_ddim(model, model.draw(1, cond), sigmas, cond, callback=paste)
+    assert seen == [(0, 7.5), (1, 5.0), (2, 2.5), (3, 0.0)]
+    assert out.abs().max() == 0
+    assert model.steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_interrupt_passes_through():
+    class Interrupt(BaseException):
+        pass
+
+    def stop(step):
+        if step == 2:
+            raise Interrupt
+
+    model = natural()
+    model.on_progress = stop
+    with pytest.raises(Interrupt):
+        sample_ddim(model, model.draw(1, centre(model)), ladder(5, 10.0, 1.0), centre(model))
+    assert model.evaluations == 2
+
+
+def test_bad_input_is_an_error_that_says_what_to_do():
+    model = natural()
+    cond = centre(model)
+    x = model.draw(1, cond)
+    with pytest.raises(InvalidSchedule, match="Flip Sigmas"):
+        sample_ddim(model, x, torch.tensor([0.0, 1.0]), cond)
+    with pytest.raises(InvalidImage, match="NaN or infinite"):
+        sample_ddim(model, x * float("nan"), torch.tensor([1.0, 0.0]), cond)
+    broken = Mean(cond.embedding * float("inf"))
+    with pytest.raises(RetraceError, match=r"NaN or infinity at step 1 of 3 \(noise level 9\).*32-bit"):
+        sample_ddim(model, x, torch.tensor([9.0, 4.0, 1.0, 0.0]), broken)
+
+
+@pytest.mark.parametrize("name", [*sorted(STOCHASTIC_SAMPLERS), "my_new_sde", "euler_ancestral_RF"])
+def test_stochastic_samplers_are_refused_by_name(name):
+    with pytest.raises(InvalidSchedule, match=f"'{name}' adds fresh noise.*ddim, euler"):
+        require_deterministic(name)
+
+
+@pytest.mark.parametrize("name", ["euler", "ddim", "heun", "dpmpp_2m", "uni_pc", "deis", "euler_cfg_pp"])
+def test_deterministic_samplers_pass(name):
+    require_deterministic(name)
