@@ -49,7 +49,8 @@ def uniform_plus_one(total: int, steps: int) -> list[int]:
 
 def trailing(total: int, steps: int) -> list[int]:
     """``steps`` timesteps counted down from the last one (Lin et al. 2023, table 2)."""
-    return sorted(round(total - i * total / steps) - 1 for i in range(steps))
+    stride = (total - total / steps) - total  # the float that numpy.arange steps by in diffusers: ties round as there
+    return sorted(round(total + i * stride) - 1 for i in range(steps))
 
 
 def respaced(total: int, sections: str) -> list[int]:
