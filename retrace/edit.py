@@ -1,0 +1,191 @@
+"""The standalone edit: invert a picture, then sample it again with another prompt under a mask.
+
+What the example graph "Invert and blend" does in ComfyUI, as one function of any :class:`~retrace.host.Host`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .blending import Blend, NoiseMode
+from .errors import InvalidSchedule, RetraceError
+from .host import Conditioning, Denoiser, Host, add_noise
+from .inversion import Method, invert
+from .masks import latent_mask
+from .metrics import EditReport, edit_report
+from .paste import paste_background
+from .sampling import sample_ddim
+from .schedule import truncate
+from .trajectory import Trajectory
+from .validation import check_image, check_mask, check_same_size, check_steps, match_batch
+
+STAGES = ("invert", "reconstruct", "edit")
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """How to edit. The defaults are those of the example graph.
+
+    ``strength`` in (0, 1] is the noise level that inversion and edit go up to: 1 lets the picture under the mask be
+    anything. ``background`` says what stands outside the mask at each step: the inversion's own path (``trajectory``),
+    or the source with one noise (``fixed``) or a new one each step (``fresh``). ``shrink`` > 0 begins with wider masks.
+    ``feather`` is the width in pixels, inside the mask, over which the edit fades into the source.
+    """
+
+    steps: int = 50
+    guidance: float = 5.0
+    strength: float = 1.0
+    scheduler: str = "ddim_uniform"
+    method: Method = "fixed_point"
+    background: NoiseMode = "trajectory"
+    shrink: int = 0
+    feather: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_steps("steps", self.steps)
+        if not 0 < self.strength <= 1:
+            raise InvalidSchedule(f"strength: got {self.strength}, but more than 0 and at most 1 is needed.")
+        if not 0 <= self.guidance < math.inf:
+            raise RetraceError(
+                f"guidance: got {self.guidance}, but 0 or more is needed (1 is without guidance, 5 usual)."
+            )
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """Pictures ``[B, H, W, 3]`` in 0..1 on the CPU, and how they came about.
+
+    ``decoded`` is the VAE's own reconstruction, the best that ``reconstruction`` can be; ``edited`` is the source
+    itself outside the mask.
+    """
+
+    source: Tensor
+    mask: Tensor
+    decoded: Tensor
+    reconstruction: Tensor
+    edited: Tensor
+    trajectory: Trajectory
+    settings: EditSettings
+    evaluations: dict[str, int]
+    seconds: dict[str, float]
+
+    def scores(self) -> dict[str, EditReport]:
+        """Scores against the source, inside and outside the mask, of ``vae``, ``reconstruction`` and ``edit``."""
+        pictures = {"vae": self.decoded, "reconstruction": self.reconstruction, "edit": self.edited}
+        return {name: edit_report(picture, self.source, self.mask) for name, picture in pictures.items()}
+
+    def report(self) -> dict[str, Any]:
+        """Settings, cost and scores as plain numbers and text."""
+        return {
+            "settings": asdict(self.settings),
+            "evaluations": self.evaluations,
+            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+            "inversion": self.trajectory.report,
+            "scores": {name: report.to_dict() for name, report in self.scores().items()},
+        }
+
+
+def edit_image(
+    host: Host,
+    image: Tensor,
+    mask: Tensor,
+    source_prompt: str,
+    prompt: str,
+    settings: EditSettings | None = None,
+    *,
+    negative_prompt: str = "",
+    on_stage: Callable[[str], None] | None = None,
+) -> EditResult:
+    """Edit ``image`` under ``mask`` so that it shows ``prompt``.
+
+    Args:
+        host: the model.
+        image: ``[B, H, W, 3]`` in 0..1, sides multiples of ``host.downscale``.
+        mask: ``[B or 1, H, W]`` in 0..1, 1 = edit.
+        source_prompt: what the picture shows now; steers the inversion.
+        prompt: what it shall show.
+        on_stage: called with each of :data:`STAGES` as it begins; steps are reported by the host.
+
+    Raises:
+        InvalidImage: not a picture or a mask, sizes that differ or do not fit the model, an empty mask.
+        InvalidSchedule: steps, strength or a scheduler that cannot be.
+        RetraceError: the model answered NaN.
+    """
+    settings = settings or EditSettings()
+    image = check_image("image", image).float().cpu()
+    mask = check_mask("mask", mask, size=(image.shape[1], image.shape[2])).float().cpu()
+    mask = match_batch(mask, image.shape[0], "mask")
+    sigmas = truncate(host.sigmas(settings.scheduler, settings.steps), settings.strength)
+    latent = host.encode_image(image).cpu()
+    texts = {"source": source_prompt, "prompt": prompt, "negative": negative_prompt}
+    conds = {name: host.encode_text(text) for name, text in texts.items()}
+    evaluations: dict[str, int] = {}
+    seconds: dict[str, float] = {}
+
+    def stage(name: str, method: Callable[[Denoiser, Tensor, Mapping[str, Conditioning]], Any], start: Tensor) -> Any:
+        if on_stage is not None:
+            on_stage(name)
+        begun = time.perf_counter()
+
+        def counted(model: Denoiser, x: Tensor, given: Mapping[str, Conditioning]) -> Any:
+            before = model.evaluations
+            result = method(model, x, given)
+            evaluations[name] = model.evaluations - before
+            return result
+
+        result = host.run(start, conds, counted)
+        seconds[name] = time.perf_counter() - begun
+        return result
+
+    trajectory: Trajectory = stage(
+        "invert",
+        lambda model, x, given: invert(
+            model, x, sigmas, given["source"], settings.method, fingerprint=host.fingerprint()
+        ),
+        latent,
+    )
+    returned: Tensor = stage(
+        "reconstruct", lambda model, x, given: sample_ddim(model, x, sigmas, given["source"]), trajectory.noise
+    )
+    blend = Blend(
+        trajectory,
+        latent_mask(mask, size=(latent.shape[-2], latent.shape[-1])),
+        host.parametrisation,
+        noise=settings.background,
+        stages=settings.shrink,
+        seed=settings.seed,
+    )
+
+    def paint(model: Denoiser, x: Tensor, given: Mapping[str, Conditioning]) -> Tensor:
+        run = blend.start(sigmas, x)
+        generator = torch.Generator().manual_seed(settings.seed)
+        noise = torch.randn(x.shape, generator=generator).to(x)
+        start = run(add_noise(x, noise, float(sigmas[0]), model.parametrisation), float(sigmas[0]))
+
+        def keep(_: int, sigma: float, after: Tensor, __: Tensor) -> Tensor:
+            return run(after, sigma) if sigma > 0 else run.finish(after)
+
+        return sample_ddim(model, start, sigmas, given["prompt"], given["negative"], settings.guidance, keep)
+
+    painted: Tensor = stage("edit", paint, latent)
+    decoded, reconstruction, edited = (host.decode_latent(x).float().cpu() for x in (latent, returned, painted))
+    check_same_size("decoded image", decoded, "the image", image)
+    return EditResult(
+        source=image,
+        mask=mask,
+        decoded=decoded,
+        reconstruction=reconstruction,
+        edited=paste_background(edited, image, mask, settings.feather),
+        trajectory=trajectory,
+        settings=settings,
+        evaluations=evaluations,
+        seconds=seconds,
+    )
