@@ -1,8 +1,8 @@
 """Let torchvision import where its compiled operators do not load.
 
-A torchvision wheel is compiled for one build of torch. Beside another build (a CUDA wheel beside a CPU torch is the usual
-case) its library does not load, and then ``import torchvision`` stops at ``operator torchvision::nms does not exist``,
-although everything written in Python would work. transformers, open_clip and lpips import torchvision for just that part.
+A torchvision wheel is compiled for one build of torch. Beside another build (a CUDA wheel beside a CPU torch is the
+usual case) its library does not load, and ``import torchvision`` stops at ``operator torchvision::nms does not exist``,
+although everything written in Python would work. transformers, open_clip and lpips import it for just that part.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _libraries: list[torch.library.Library] = []  # the declarations last as long as
 
 
 def ensure_importable() -> None:
-    """Declare the two operators that torchvision's Python code names, if they are missing. They stay without a kernel."""
+    """Declare the two operators that torchvision's Python code names, if they are missing; they get no kernel."""
     if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
         return
     try:
