@@ -20,6 +20,7 @@ import comfy.utils
 from torch import Tensor
 
 from ...errors import InvalidFile
+from ...pebble.weights import weights_folder
 from .compat import accepted, build_clip, model_patcher_class
 
 WEIGHTS = {
@@ -27,7 +28,6 @@ WEIGHTS = {
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
 }
-FOLDER = Path(__file__).parents[2] / "pebble" / "weights"
 TEXT_SHAPE = (
     "hidden_size",
     "intermediate_size",
@@ -46,7 +46,7 @@ def load_pebble(folder: str | Path | None = None) -> tuple[Any, Any, Any]:
 
     Raises :class:`~retrace.errors.InvalidFile` when a file is missing or does not belong to its configuration.
     """
-    folder = Path(folder or FOLDER)
+    folder = Path(folder) if folder else weights_folder()
     return load_model(folder), load_clip(folder), load_vae(folder)
 
 
