@@ -81,7 +81,8 @@ def find_comfyui() -> ComfyInstall | None:
 
 def link_pack(pack: Path, place: Path) -> None:
     """Make ``pack`` visible at ``place``: a link, or a copy where links are not allowed (Windows without the right)."""
-    if place.exists():
+    unlink_pack(place)
+    if place.exists():  # a real folder is somebody's own: never replaced
         return
     try:
         place.symlink_to(pack.absolute(), target_is_directory=True)

@@ -183,9 +183,10 @@ class ComfyServer:
         if process is not None:
             _stop(process)
         base, self._base = self._base, None
-        if base is not None and self._given_base is None:
+        if base is not None:
             unlink_pack(base / "custom_nodes" / PACK_NAME)
-            shutil.rmtree(base, ignore_errors=True)
+            if self._given_base is None:
+                shutil.rmtree(base, ignore_errors=True)
 
     @property
     def _who(self) -> str:
@@ -247,7 +248,13 @@ class ComfyServer:
         """
         started = time.monotonic()
         body = json.dumps({"prompt": graph, "client_id": self._client}).encode()
-        prompt_id = json.loads(self.request("POST", "/prompt", body, "application/json"))["prompt_id"]
+        answer = json.loads(self.request("POST", "/prompt", body, "application/json"))
+        prompt_id = answer["prompt_id"]
+        if answer.get("node_errors"):
+            # Some outputs are wrong and ComfyUI would run the others: half a result is no result.
+            self.request("POST", "/queue", json.dumps({"delete": [prompt_id]}).encode(), "application/json")
+            self.request("POST", "/interrupt", json.dumps({"prompt_id": prompt_id}).encode(), "application/json")
+            raise _refusal("/prompt", 400, json.dumps(answer).encode())
         while True:
             entry = self.get_json(f"/history/{prompt_id}").get(prompt_id)
             if entry is not None and entry.get("status") is not None:
@@ -294,7 +301,7 @@ def _refusal(path: str, code: int, body: bytes) -> ComfyError:
         return ComfyError(f"ComfyUI answered {code} to {path}: {text[:500]}")
     if not isinstance(answer, dict):
         return ComfyError(f"ComfyUI answered {code} to {path}: {text[:500]}")
-    error: Any = answer.get("error", answer)
+    error: Any = answer.get("error", "some of its outputs cannot run" if "node_errors" in answer else answer)
     reason = f"{error.get('message', '')} {error.get('details', '')}".strip() if isinstance(error, dict) else str(error)
     lines = [
         f"ComfyUI refused the graph: {reason}" if path == "/prompt" else f"ComfyUI answered {code} to {path}: {reason}"

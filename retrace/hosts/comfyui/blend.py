@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...blending import Blend, BlendRun, Level, NoiseMode
-from ...errors import InvalidImage
+from ...errors import InvalidImage, TrajectoryMismatch
 from ...masks import latent_mask
 from ...trajectory import Trajectory
 from ...validation import check_latent, check_mask, describe
@@ -33,27 +33,48 @@ def patch_blend(
 
     Args:
         source: a LATENT dict as the VAE encodes it, or the trajectory of its inversion.
-        mask: [B or 1, H, W] in pixels (or on the latent grid), 1 = edit.
+        mask: [B or 1, H, W] in pixels of the picture (or on the latent grid), 1 = edit.
         noise, level, stages, seed: see :class:`retrace.blending.Blend`.
 
     Raises:
-        InvalidImage: a broken latent or mask.
+        InvalidImage: a broken latent or mask, an empty mask, or a mask of another size than the picture.
+        TrajectoryMismatch: a trajectory of another kind of model.
         UnsupportedModel: a model whose noisy latents follow neither convention of this library.
     """
     host = ComfyHost(model)
     if isinstance(source, Trajectory):
+        if source.parametrisation != host.parametrisation:
+            raise TrajectoryMismatch(
+                f"the trajectory was made with a model of the kind '{source.parametrisation}', the connected one is of "
+                f"the kind '{host.parametrisation}'. Invert again with the connected model."
+            )
         clean = source.source
     else:
         if not isinstance(source, Mapping) or "samples" not in source:
             raise InvalidImage(f"source: got {describe(source)}, but a LATENT is needed. Connect a 'VAE Encode'.")
         samples = check_latent("source", source["samples"], host.latent_channels)
         clean = source = host.to_model_scale(samples.float().cpu())
-    mask = check_mask("mask", mask, allow_empty=True).float().cpu()
-    cells = latent_mask(mask, size=(clean.shape[-2], clean.shape[-1]))
+    cells = _on_grid(mask, clean, host.downscale)
     blend = Blend(source, cells, host.parametrisation, noise, level, stages, seed)  # type: ignore[arg-type]
     patched = model.clone()
     _Patch(blend).install(patched)
     return patched
+
+
+def _on_grid(mask: Tensor, latent: Tensor, cell: int) -> Tensor:
+    """``mask`` on the grid of ``latent``. It may have the size of the latent, or that of the picture."""
+    height, width = latent.shape[-2:]
+    mask = check_mask("mask", mask, allow_empty=True).float().cpu()
+    if tuple(mask.shape[1:]) == (height, width):
+        return check_mask("mask", mask)
+    spare = [mask.shape[1] - height * cell, mask.shape[2] - width * cell]
+    if not all(0 <= pixels < cell for pixels in spare):
+        check_mask("mask", mask, size=(height * cell, width * cell), allow_empty=True)
+    check_mask("mask", mask)
+    # 'VAE Encode' cuts a picture to whole cells, as much on one side as on the other: so must its mask be.
+    top, left = (pixels // 2 for pixels in spare)
+    mask = mask[:, top : top + height * cell, left : left + width * cell]
+    return latent_mask(mask, size=(height, width))
 
 
 class _Patch:
@@ -73,7 +94,8 @@ class _Patch:
         guider = args[0] if args else kwargs["model_wrap"]
         sigmas: Tensor = args[1] if len(args) > 1 else kwargs["sigmas"]
         noise: Tensor = args[4] if len(args) > 4 else kwargs["noise"]
-        run = self.blend.start(sigmas, noise)
+        # A copy, because some samplers (uni_pc) write into their list of sigmas.
+        run = self.blend.start(sigmas.clone(), noise)
         self.runs[id(guider)] = run
         try:
             samples: Tensor = executor(*args, **kwargs)

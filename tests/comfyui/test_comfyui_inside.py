@@ -1,0 +1,88 @@
+"""Checks that need ComfyUI's own Python: each runs a few lines inside it, with the pack imported as ComfyUI does."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from installs import INSTALLS, install_or_skip
+
+ROOT = Path(__file__).parents[2]
+Run = Callable[[str], str]
+PREAMBLE = f"""
+import sys
+sys.argv = ["main.py", "--cpu"]
+import comfy.options
+comfy.options.enable_args_parsing()
+import importlib.util
+spec = importlib.util.spec_from_file_location("pack", r"{ROOT / "__init__.py"}")
+pack = importlib.util.module_from_spec(spec)
+sys.modules["pack"] = pack
+spec.loader.exec_module(pack)
+import torch
+"""
+
+
+@pytest.fixture(params=list(INSTALLS))
+def inside(request: pytest.FixtureRequest) -> Run:
+    install = install_or_skip(request.param)
+
+    def run(code: str) -> str:
+        done = subprocess.run(
+            [str(install.python), "-c", PREAMBLE + code], cwd=install.path, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run
+
+
+def test_out_of_memory_says_what_to_do(inside: Run) -> None:
+    out = inside("""
+import comfy.model_management
+from pack.nodes._errors import reports_errors
+from pack.retrace.errors import RetraceError
+
+def failing(error):
+    @reports_errors("Blend Step")
+    def execute():
+        raise error
+    try:
+        execute()
+    except Exception as caught:
+        core = isinstance(caught, comfy.model_management.OOM_EXCEPTION)
+        print(type(caught).__name__, isinstance(caught, RetraceError), core, str(caught))
+
+failing(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+failing(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"))
+failing(MemoryError())
+failing(RuntimeError("shapes differ"))
+""")
+    lines = out.splitlines()[-4:]
+    for line in lines[:3]:
+        assert line.startswith("OutOfMemory True True Blend Step: out of memory"), out
+        assert "smaller picture" in line
+    assert lines[3] == "RuntimeError False False shapes differ"
+
+
+def test_interrupts_pass_and_leave_nothing_behind(inside: Run) -> None:
+    out = inside("""
+import comfy.model_management
+from pack.retrace.blending import Blend
+from pack.retrace.hosts.comfyui.blend import _Patch
+
+patch = _Patch(Blend(torch.zeros(1, 4, 8, 8), torch.ones(1, 8, 8), "eps"))
+guider = object()
+
+def interrupted(*args, **kwargs):
+    assert patch.runs
+    raise comfy.model_management.InterruptProcessingException()
+
+try:
+    patch.sample(interrupted, guider, torch.tensor([1.0, 0.0]), {}, None, torch.zeros(1, 4, 8, 8))
+except comfy.model_management.InterruptProcessingException:
+    print("passed", len(patch.runs))
+""")
+    assert out.splitlines()[-1] == "passed 0"
