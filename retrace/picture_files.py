@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from pathlib import Path
@@ -102,4 +103,5 @@ def write_whole(path: Path, content: bytes) -> None:
             f"{path} cannot be written ({error.strerror or error}). Choose another folder with --output, or make room."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()

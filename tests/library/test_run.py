@@ -1,0 +1,274 @@
+"""run.py: its command line, what it would install, and the files it reads and writes."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from retrace.errors import InvalidFile, InvalidImage
+from retrace.picture_files import read_image, read_mask, to_picture, write_whole
+from retrace.standalone import example_job, working_size
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> ModuleType:
+    """run.py as a module, with an environment folder of its own."""
+    spec = importlib.util.spec_from_file_location("run_under_test", ROOT / "run.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.VENV = tmp_path / ".venv"  # type: ignore[attr-defined]
+    return module
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def standalone(*argv: str) -> int:
+    from retrace.standalone import main
+
+    spec = importlib.util.spec_from_file_location("run_for_arguments", ROOT / "run.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return main(module.arguments().parse_args(argv))
+
+
+# -- the environment
+
+
+def test_run_needs_only_the_standard_library() -> None:
+    lines = (ROOT / "run.py").read_text(encoding="utf-8").splitlines()
+    imported = [line.split()[1].split(".")[0] for line in lines if line.startswith(("import ", "from "))]
+    assert set(imported) <= set(sys.stdlib_module_names)
+
+
+def test_requirements_are_those_of_pyproject(run: Any) -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    names = [line for line in run.requirements("edit") if not line.startswith("torch")]
+    assert names == [n for n in extras["standalone"] if n != "torch"]
+    assert set(run.requirements("test")) >= {*extras["test"], *project["dependencies"]}
+    assert run.requirements("demo") == run.requirements("edit")
+
+
+def test_the_standalone_environment_has_a_tested_torch_and_no_torchvision(run: Any) -> None:
+    lines = run.requirements("demo")
+    assert any(line.startswith("torch==") for line in lines)
+    assert not any("torchvision" in line or "open_clip" in line or "lpips" in line for line in lines)
+
+
+def test_the_pack_itself_pins_nothing(run: Any) -> None:
+    listed = [r for r in (ROOT / "requirements.txt").read_text(encoding="utf-8").split("\n") if r and r[0] != "#"]
+    assert listed == run._list("dependencies")
+    assert not any(sign in name for name in listed for sign in "=<>~!")
+
+
+def test_an_environment_is_installed_once(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(run.subprocess, "call", lambda command, **_: calls.append(command) or 0)
+    python = run.venv_python(run.VENV)
+    python.parent.mkdir(parents=True)
+    python.touch()
+    assert not run.ready("demo")
+    run.make_environment.__globals__["venv_python"] = lambda *_: python
+    run.make_environment("demo")
+    assert len(calls) == 1 and calls[0][1:4] == ["-m", "pip", "install"]
+    assert run.ready("demo") and run.ready("edit") and not run.ready("test")
+    run.make_environment("edit")
+    assert len(calls) == 1
+    run.TESTED["torch"] = ["torch==1.0"]  # another list: again
+    assert not run.ready("demo")
+
+
+def test_a_failed_installation_is_not_remembered(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = run.venv_python(run.VENV)
+    python.parent.mkdir(parents=True)
+    python.touch()
+    monkeypatch.setattr(run, "venv_python", lambda *_: python)
+    monkeypatch.setattr(run.subprocess, "call", lambda *_, **__: 1)
+    with pytest.raises(run.SetupError, match="pip's message"):
+        run.make_environment("demo")
+    assert not run.ready("demo")
+    assert run.main(["demo"]) == 2
+
+
+def test_the_command_is_passed_on_with_its_arguments(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(run, "inside", lambda: False)
+    monkeypatch.setattr(run, "make_environment", lambda command: None)
+    monkeypatch.setattr(run.subprocess, "call", lambda command, **_: calls.append(command) or 7)
+    assert run.main(["test", "-k", "mask", "--help"]) == 7
+    assert calls[0][-4:] == ["test", "-k", "mask", "--help"]
+
+
+@pytest.mark.parametrize(("statuses", "expected"), [((0, 0, 0, 0), 0), ((0, 0, 1, 0), 1), ((0, 0, 0, 5), 5)])
+def test_checks_come_before_pytest_and_count(
+    run: Any, monkeypatch: pytest.MonkeyPatch, statuses: tuple[int, ...], expected: int
+) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(run.subprocess, "call", lambda command, **_: calls.append(command) or statuses[len(calls) - 1])
+    assert run.run_tests([]) == expected
+    assert [c[2] for c in calls] == ["ruff", "ruff", "mypy", "pytest"]
+    calls.clear()
+    run.run_tests(["-x"])
+    assert [c[2] for c in calls] == ["pytest"]
+
+
+# -- the command line
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["paint"], ["edit"], ["edit", "a.png"], ["demo", "--steps", "many"], ["demo", "--host", "x"]]
+)
+def test_a_wrong_command_line_ends_with_2(run: Any, argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run.main(argv)
+    assert stop.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["missing.png", "--mask", "m.png", "--source", "a", "--prompt", "b"], "no file missing.png"),
+        (["{photo}", "--mask", "m.png", "--source", "a", "--prompt", "b"], "no file m.png"),
+        (["{photo}", "--mask", "{photo}", "--source", "a", "--prompt", "b"], "has colours"),
+    ],
+)
+def test_bad_files_are_one_line_and_2(
+    photo: Path, extra: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    argv = [part.format(photo=photo) for part in extra]
+    assert standalone("edit", *argv, "--output", str(output)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not output.exists()
+
+
+def test_an_own_picture_needs_mask_and_words(photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert standalone("demo", str(photo)) == 2
+    assert "--mask is needed" in capsys.readouterr().err
+    assert standalone("demo", "--prompt", "a cat") == 2
+    assert "belong to a picture of your own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--steps", "0"], "steps: got 0"), (["--strength", "2"], "strength: got 2"), (["--model", "nowhere"], "nowhere")],
+)
+def test_bad_settings_are_one_line_and_2(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("diffusers")
+    assert standalone("demo", "--host", "diffusers", "--output", str(tmp_path / "out"), *options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+    assert not (tmp_path / "out").exists()
+
+
+# -- pictures and the example
+
+
+def test_the_example_is_a_red_circle_that_becomes_a_blue_square() -> None:
+    job = example_job(Path("unused"))
+    assert "red circle" in job.source_prompt and "blue square" in job.prompt
+    assert job.image.shape == (1, 128, 128, 3) and job.mask.shape == (1, 128, 128)
+    assert 0.02 < float(job.mask.mean()) < 0.4
+
+
+@pytest.mark.parametrize(
+    ("size", "longest", "expected"),
+    [
+        ((3000, 4000), 512, (384, 512)),
+        ((128, 128), 128, (128, 128)),
+        ((100, 1000), 128, (16, 128)),
+        ((9, 999), 64, (8, 64)),
+    ],
+)
+def test_working_sizes_fit_the_model(size: tuple[int, int], longest: int, expected: tuple[int, int]) -> None:
+    assert working_size(*size, longest, 8) == expected
+
+
+def test_pictures_survive_the_round_trip(photo: Path, tmp_path: Path) -> None:
+    image = read_image(photo)
+    assert image.shape == (1, 24, 40, 3)
+    to_picture(image[0]).save(tmp_path / "again.png")
+    assert torch.equal(read_image(tmp_path / "again.png"), image)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "1", "RGBA", "LA"])
+def test_opaque_pictures_of_any_mode_are_read(photo: Path, tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("p.jpg" if mode == "CMYK" else "p.png")
+    Image.open(photo).convert(mode).save(path)
+    assert read_image(path).shape == (1, 24, 40, 3)
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 8), 257 * 100, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert float(read_image(tmp_path / "deep.png").mean()) == pytest.approx(100 / 255, abs=1e-6)
+
+
+def test_a_photo_is_turned_the_way_it_was_taken(photo: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a camera held upright
+    Image.open(photo).save(tmp_path / "turned.png", exif=exif)
+    assert read_image(tmp_path / "turned.png").shape == (1, 40, 24, 3)
+
+
+def test_transparent_pixels_are_refused(photo: Path, tmp_path: Path) -> None:
+    picture = Image.open(photo).convert("RGBA")
+    picture.putpixel((0, 0), (0, 0, 0, 0))
+    picture.save(tmp_path / "holes.png")
+    with pytest.raises(InvalidImage, match=r"holes\.png is RGBA.*Flatten"):
+        read_image(tmp_path / "holes.png")
+    with pytest.raises(InvalidImage, match=r"mask holes\.png is RGBA"):
+        read_mask(tmp_path / "holes.png", (24, 40))
+
+
+def test_damaged_files_are_named(photo: Path, tmp_path: Path) -> None:
+    (tmp_path / "half.png").write_bytes(photo.read_bytes()[:200])
+    (tmp_path / "text.png").write_text("not a picture")
+    for name in ("half.png", "text.png"):
+        with pytest.raises(InvalidFile, match=rf"{name} cannot be read as a picture"):
+            read_image(tmp_path / name)
+
+
+def test_masks_are_checked(tmp_path: Path) -> None:
+    def saved(name: str, values: Any) -> Path:
+        Image.fromarray(np.asarray(values, dtype=np.uint8)).save(tmp_path / name)
+        return tmp_path / name
+
+    good = np.zeros((24, 40), np.uint8)
+    good[4:8, 4:8] = 255
+    mask = read_mask(saved("good.png", good), (24, 40))
+    assert mask.shape == (1, 24, 40) and float(mask.sum()) == 16
+    with pytest.raises(InvalidImage, match=r"40x24 pixels.*but 10x10"):
+        read_mask(tmp_path / "good.png", (10, 10))
+    with pytest.raises(InvalidImage, match="0 everywhere"):
+        read_mask(saved("empty.png", good * 0), (24, 40))
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    write_whole(tmp_path / "deep" / "file.bin", b"one")
+    write_whole(tmp_path / "deep" / "file.bin", b"two")
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["file.bin"]
+    assert (tmp_path / "deep" / "file.bin").read_bytes() == b"two"
+    with pytest.raises(InvalidFile, match="cannot be written"):
+        write_whole(tmp_path / "deep" / "file.bin" / "below.bin", b"")
