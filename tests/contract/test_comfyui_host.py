@@ -151,14 +151,16 @@ def test_quantised_weights_are_refused(comfy_subject: Any) -> None:
 
 
 def test_loras_count_for_output_gradients_and_fingerprint(comfy_subject: Any) -> None:
-    import comfy.sd
-
     from retrace.hosts.comfyui import ComfyHost
 
     base = comfy_subject.host
-    name = "lora_unet_input_blocks_1_1_proj_in"
-    lora = {f"{name}.lora_up.weight": torch.randn(64, 2, 1, 1), f"{name}.lora_down.weight": torch.randn(2, 64, 1, 1)}
-    hosts = [ComfyHost(comfy.sd.load_lora_for_models(base.model, None, lora, s, 0)[0], base.clip) for s in (0.5, 0.6)]
+    weights = {k: v for k, v in base.model.model_state_dict().items() if "diffusion_model." in k and v.ndim > 1}
+    patches = {key: ("diff", (torch.randn(weight.shape) * 0.02,)) for key, weight in weights.items()}
+    hosts = []
+    for strength in (0.5, 0.6):
+        model = base.model.clone()
+        assert len(model.add_patches(patches, strength)) == len(weights)
+        hosts.append(ComfyHost(model, base.clip))
     assert len({base.fingerprint(), *(host.fingerprint() for host in hosts)}) == 3
     x, conds = torch.randn(1, 4, 16, 16), {"0": base.encode_text("a red circle")}
 
