@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 from comfy_api.latest import io
 
 from ..retrace.pebble.scenes import instance_masks, render, sample_scene, scene_rng
+from ..retrace.pebble.weights import weights_folder
 from ._errors import reports_errors
 from ._schema import schema
-
-WEIGHTS = Path(__file__).parents[1] / "retrace" / "pebble" / "weights"
-"""Where Pebble ships. The variable RETRACE_PEBBLE names another folder, for those who train it."""
 
 
 class LoadPebble(io.ComfyNode):
@@ -38,7 +33,7 @@ class LoadPebble(io.ComfyNode):
     def execute(cls) -> io.NodeOutput:
         from ..retrace.hosts.comfyui import load_pebble
 
-        return io.NodeOutput(*load_pebble(os.environ.get("RETRACE_PEBBLE") or WEIGHTS))
+        return io.NodeOutput(*load_pebble(weights_folder()))
 
 
 class PebbleScene(io.ComfyNode):
