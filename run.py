@@ -45,15 +45,17 @@ def arguments() -> argparse.ArgumentParser:
         command.add_argument("--source", required=needed, help="what the picture shows, in words")
         command.add_argument("--prompt", required=needed, help="what it shall show")
         command.add_argument("--model", type=Path, help="diffusers folder or .safetensors file (default: Pebble)")
-        command.add_argument("--steps", type=int, default=50, help="sampling steps (default 50)")
-        command.add_argument("--guidance", type=float, default=5.0, help="how strongly the prompt counts (default 5)")
+        command.add_argument("--steps", type=int, help="sampling steps (default 50)")
+        command.add_argument("--guidance", type=float, help="how strongly the prompt counts (default 5)")
         command.add_argument(
             "--strength",
             type=float,
-            default=1.0,
             help="above 0, up to 1: how much noise the edit starts from (default 1)",
         )
-        command.add_argument("--seed", type=int, default=0, help="same seed, same picture (default 0)")
+        command.add_argument("--seed", type=int, help="same seed, same picture (default 0)")
+        command.add_argument(
+            "--method", choices=("ddim", "fixed_point", "spdinv"), help="how to invert, fast to exact (default ddim)"
+        )
         command.add_argument("--output", type=Path, help="folder for the results (default: output/<name>)")
         command.add_argument("--size", type=int, help="longest side the model works at (default: the model's own)")
         command.add_argument("--device", help="cuda, mps or cpu (default: the fastest there is)")

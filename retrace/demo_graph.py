@@ -1,16 +1,198 @@
-"""The demo through a ComfyUI: the shipped example graph, run by that ComfyUI as a server."""
+"""The shipped example graph "Invert and blend", for the demo: what it edits, and the same edit run by a ComfyUI."""
 
 from __future__ import annotations
 
-import argparse
-from typing import TYPE_CHECKING
+import copy
+import io
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .edit import EditSettings
+from .errors import InvalidFile
 from .hosts.comfyui_install import ComfyError, ComfyInstall
+from .hosts.comfyui_server import ComfyServer, RunResult
+from .picture_files import to_picture
 
-if TYPE_CHECKING:
-    from .standalone import Job, Outcome
+GRAPH = Path(__file__).resolve().parents[1] / "workflows" / "api" / "invert_and_blend.json"
+
+Graph = dict[str, dict[str, Any]]
 
 
-def run_in_comfyui(install: ComfyInstall, options: argparse.Namespace, job: Job) -> Outcome:
-    """Run the example graph on ``job`` in ``install``; raises :class:`ComfyError` when that is not possible."""
-    raise ComfyError("this version has no example graph for machines (workflows/api/invert_and_blend.json)")
+@dataclass(frozen=True)
+class Example:
+    """What the graph edits as it ships: Pebble scene ``index``, its mask at a precision ``level`` of ``levels``."""
+
+    index: int
+    objects: int
+    level: int
+    levels: int
+    prompt: str
+    settings: EditSettings
+
+
+@dataclass(frozen=True)
+class ComfyResult:
+    """Pictures ``[1, H, W, 3]`` that a ComfyUI made, 8-bit values in 0..1, and the reports of its nodes."""
+
+    source: Tensor
+    reconstruction: Tensor
+    edited: Tensor
+    reports: dict[str, str]
+    seconds: float
+
+
+def load_graph(path: Path = GRAPH) -> Graph:
+    """The graph in API form; raises :class:`InvalidFile` when it is missing or damaged."""
+    try:
+        return cast(Graph, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise InvalidFile(f"The example graph {path} cannot be read ({error}). Restore the file.") from error
+
+
+def _node(graph: Graph, class_type: str) -> tuple[str, dict[str, Any]]:
+    """Id and inputs of the only node of its class."""
+    found = [(name, node["inputs"]) for name, node in graph.items() if node["class_type"] == class_type]
+    if len(found) != 1:
+        raise InvalidFile(
+            f"The example graph has {len(found)} nodes {class_type}, but one is needed. Restore the file."
+        )
+    return found[0]
+
+
+def example(graph: Graph) -> Example:
+    """What ``graph`` edits, and how."""
+    _, scene = _node(graph, "RetracePebbleScene")
+    _, mask = _node(graph, "RetraceMaskPrecisionBlur")
+    _, sampler = _node(graph, "KSampler")
+    _, inverter = _node(graph, "RetraceDDIMInverter")
+    _, blend = _node(graph, "RetraceBlendStep")
+    _, paste = _node(graph, "RetracePasteBackground")
+    settings = EditSettings(
+        steps=sampler["steps"],
+        guidance=float(sampler["cfg"]),
+        strength=float(sampler["denoise"]),
+        scheduler=sampler["scheduler"],
+        method=inverter["method"],
+        background=blend["noise"],
+        shrink=blend["shrink_stages"],
+        feather=float(paste["feather"]),
+        seed=sampler["seed"],
+    )
+    prompt = graph[sampler["positive"][0]]["inputs"]["text"]
+    return Example(scene["index"], scene["objects"], mask["level"], mask["levels"], prompt, settings)
+
+
+def adapted(graph: Graph, settings: EditSettings, prompt: str, own: tuple[str, str, str] | None = None) -> Graph:
+    """``graph`` with these settings and words, and with the reconstruction as one more picture.
+
+    ``own`` puts a picture, its mask (both names in ComfyUI's input folder) and its words in the place of the scene.
+    """
+    graph = copy.deepcopy(graph)
+    scene, _ = _node(graph, "RetracePebbleScene")
+    inverter, inversion = _node(graph, "RetraceDDIMInverter")
+    sampler, sampling = _node(graph, "KSampler")
+    inversion |= {"steps": settings.steps, "scheduler": settings.scheduler, "method": settings.method}
+    sampling |= {
+        "steps": settings.steps,
+        "scheduler": settings.scheduler,
+        "cfg": settings.guidance,
+        "seed": settings.seed,
+    }
+    _node(graph, "RetraceBlendStep")[1].update(noise=settings.background, shrink_stages=settings.shrink)
+    _node(graph, "RetracePasteBackground")[1].update(feather=settings.feather)
+    graph[sampling["positive"][0]]["inputs"]["text"] = prompt
+    advanced = {k: v for k, v in sampling.items() if k not in ("seed", "denoise")} | {
+        "end_at_step": 10_000,
+        "return_with_leftover_noise": "disable",
+    }
+    if settings.strength < 1:
+        # KSampler's denoise would spread the steps over the lower levels only, where the inversion has no latents.
+        first = settings.steps - max(1, round(settings.strength * settings.steps))
+        start = {"add_noise": "enable", "noise_seed": settings.seed, "start_at_step": first}
+        graph[sampler] |= {"class_type": "KSamplerAdvanced", "inputs": advanced | start}
+    back = {
+        "model": inversion["model"],
+        "positive": inversion["positive"],
+        "latent_image": [inverter, 0],
+        "cfg": 1.0,
+        "add_noise": "disable",
+        "noise_seed": 0,
+        "start_at_step": 0,
+    }
+    graph["reconstruction latent"] = {"class_type": "KSamplerAdvanced", "inputs": advanced | back}
+    graph["reconstruction picture"] = {
+        "class_type": "VAEDecode",
+        "inputs": {"samples": ["reconstruction latent", 0], "vae": inversion["vae"]},
+    }
+    graph["reconstruction"] = {"class_type": "PreviewImage", "inputs": {"images": ["reconstruction picture", 0]}}
+    if own is not None:
+        image, mask, words = own
+        graph["own picture"] = {"class_type": "LoadImage", "inputs": {"image": image}}
+        graph["own mask"] = {"class_type": "LoadImageMask", "inputs": {"image": mask, "channel": "red"}}
+        _node(graph, "RetraceMaskPrecisionBlur")[1].update(level=0, edges="soft")  # the mask as it was drawn
+        links: list[Any] = [["own picture", 0], ["own mask", 0], words]
+        for node in graph.values():
+            for name, value in node["inputs"].items():
+                if isinstance(value, list) and value[0] == scene:
+                    node["inputs"][name] = links[value[1]]
+        del graph[scene]
+    return graph
+
+
+def run_in_comfyui(
+    install: ComfyInstall,
+    settings: EditSettings,
+    prompt: str,
+    own: tuple[Tensor, Tensor, str] | None = None,
+    on_wait: Callable[[float], None] | None = None,
+    gpu: bool = False,
+) -> ComfyResult:
+    """Run the example graph in ``install``, on its own scene or on a picture ``[H, W, 3]``, mask ``[H, W]`` and words.
+
+    Raises:
+        ComfyError: that ComfyUI does not start, refuses the graph, or a node fails.
+        InvalidFile: the graph is damaged.
+    """
+    graph = load_graph()
+    with ComfyServer(install, gpu=gpu) as server:
+        names = None
+        if own is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                uploaded = []
+                for name, tensor in (("retrace_picture.png", own[0]), ("retrace_mask.png", own[1])):
+                    to_picture(tensor).convert("RGB").save(Path(folder) / name)
+                    uploaded.append(server.upload_image(Path(folder) / name))
+            names = (uploaded[0], uploaded[1], own[2])
+        graph = adapted(graph, settings, prompt, names)
+        result = server.run(graph, on_wait=on_wait, timeout=3600)
+        shown = {graph[name]["inputs"]["images"][0]: name for name, node in graph.items() if _shows_images(node)}
+        paste, pasted = _node(graph, "RetracePasteBackground")
+        reports = {node["class_type"]: result.text_of(name) for name, node in graph.items() if result.text_of(name)}
+        return ComfyResult(
+            source=_picture(result, shown.get(pasted["source"][0])),
+            reconstruction=_picture(result, "reconstruction"),
+            edited=_picture(result, shown.get(paste)),
+            reports=reports,
+            seconds=result.seconds,
+        )
+
+
+def _shows_images(node: dict[str, Any]) -> bool:
+    return node["class_type"] in ("PreviewImage", "SaveImage") and isinstance(node["inputs"].get("images"), list)
+
+
+def _picture(result: RunResult, node: str | None) -> Tensor:
+    images = result.images_of(node) if node is not None else []
+    if not images:
+        raise ComfyError(f"the example graph gave no picture at node {node}")
+    pixels = np.array(Image.open(io.BytesIO(images[0].read())).convert("RGB"))
+    return torch.from_numpy(pixels).float()[None] / 255

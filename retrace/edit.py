@@ -43,10 +43,10 @@ class EditSettings:
     guidance: float = 5.0
     strength: float = 1.0
     scheduler: str = "ddim_uniform"
-    method: Method = "fixed_point"
+    method: Method = "ddim"
     background: NoiseMode = "trajectory"
     shrink: int = 0
-    feather: float = 0.0
+    feather: float = 3.0
     seed: int = 0
 
     def __post_init__(self) -> None:

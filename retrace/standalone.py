@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import math
 import os
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +17,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .contact_sheet import contact_sheet, edit_panels
+from .demo_graph import example, load_graph, run_in_comfyui
 from .edit import EditSettings, edit_image
 from .errors import InvalidImage, RetraceError
-from .hosts.comfyui_install import ComfyError, ComfyInstall, find_comfyui
+from .hosts.comfyui_install import ComfyError, find_comfyui
 from .masks import mask_precision
-from .metrics import EditReport, edit_report
+from .metrics import edit_report
 from .paste import paste_background
 from .pebble import scenes
 from .picture_files import read_image, read_mask, to_picture, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
-FEATHER_SHARE = 0.01  # of the longest side: how far an edit fades into a photo inside the mask
+PEBBLE_SIZE = 128
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to edit: ``image`` ``[1, H, W, 3]``, ``mask`` ``[1, H, W]``, and where the results go."""
+    """What to edit and how: ``image`` ``[1, H, W, 3]``, ``mask`` ``[1, H, W]``, and where the results go.
+
+    ``own`` is False for the scene of the example graph, which a ComfyUI draws itself.
+    """
 
     image: Tensor
     mask: Tensor
     source_prompt: str
     prompt: str
+    settings: EditSettings
     output: Path
+    own: bool = True
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,9 @@ class Outcome:
     """What a host made of a job, at the size of the picture, and what it reports. ``by`` names the host."""
 
     by: str
+    source: Tensor
     reconstruction: Tensor
     edited: Tensor
-    scores: dict[str, EditReport]
     report: dict[str, Any]
 
 
@@ -58,8 +63,8 @@ def main(options: argparse.Namespace) -> int:
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_OFFLINE"):  # nothing is downloaded, so nothing to show
         os.environ.setdefault(name, "1")
     try:
-        job = _job(options)
-        outcome = _through_comfyui(options, job) if options.command == "demo" else None
+        job = make_job(options)
+        outcome = through_comfyui(options, job) if options.command == "demo" else None
         finish(job, outcome or through_diffusers(options, job))
     except (RetraceError, ComfyError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -74,13 +79,17 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def _job(options: argparse.Namespace) -> Job:
+def make_job(options: argparse.Namespace) -> Job:
+    """The picture, mask and words of the command line, or the example."""
+    given = {name: getattr(options, name) for name in ("steps", "guidance", "strength", "seed", "method")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.size is not None and options.size < 64:
+        raise InvalidImage(f"--size: got {options.size}, but at least 64 is needed.")
     if options.image is None:
         if any(value is not None for value in (options.mask, options.source, options.prompt)):
-            raise RetraceError(
-                "--mask, --source and --prompt belong to a picture of your own. Name it too: demo photo.png"
-            )
-        return example_job(options.output or ROOT / "output" / "demo")
+            raise RetraceError("--mask, --source and --prompt belong to a picture of your own. Name it: demo photo.png")
+        job = example_job(options.output or ROOT / "output" / "demo")
+        return replace(job, settings=replace(job.settings, **given))
     for name in ("mask", "source", "prompt"):
         if getattr(options, name) is None:
             raise RetraceError(
@@ -89,23 +98,24 @@ def _job(options: argparse.Namespace) -> Job:
     image = read_image(options.image)
     mask = read_mask(options.mask, (image.shape[1], image.shape[2]))
     name = "demo" if options.command == "demo" else options.image.stem
-    return Job(image, mask, options.source, options.prompt, options.output or ROOT / "output" / name)
+    output = options.output or ROOT / "output" / name
+    return Job(image, mask, options.source, options.prompt, EditSettings(**given), output)
 
 
 def example_job(output: Path) -> Job:
-    """The example: the first held-out Pebble scene that is just a red circle shall become a blue square."""
-    scene = next(
-        s for s in scenes.heldout(500, objects=1) if (s.objects[0].colour, s.objects[0].shape) == ("red", "circle")
-    )
-    wanted = replace(scene, objects=(replace(scene.objects[0], colour="blue", shape="square"),))
-    mask = mask_precision(scenes.instance_masks(scene), 5)
-    return Job(scenes.render(scene).movedim(0, -1)[None], mask, scene.caption(), wanted.caption(), output)
+    """What the example graph edits: a held-out scene of Pebble."""
+    shipped = example(load_graph())
+    (scene,) = scenes.heldout(1, shipped.index, shipped.objects)
+    mask = mask_precision(scenes.instance_masks(scene)[:1], shipped.level, shipped.levels)
+    image = scenes.render(scene).movedim(0, -1)[None]
+    return Job(image, mask, scene.caption(), shipped.prompt, shipped.settings, output, own=False)
 
 
 def working_size(height: int, width: int, longest: int, multiple: int) -> tuple[int, int]:
     """The (height, width) to work at: the longer side ``longest``, both sides multiples of ``multiple``."""
     scale = longest / max(height, width)
-    return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in (height, width))  # type: ignore[return-value]
+    high, wide = (max(multiple, round(side * scale / multiple) * multiple) for side in (height, width))
+    return high, wide
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -116,101 +126,119 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return moved.clamp(0, 1).movedim(1, -1)
 
 
+def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """``[B, H, W]`` to ``size``: what a cell touches stays selected where the mask gets smaller."""
+    if tuple(mask.shape[1:]) == size:
+        return mask
+    if size[0] <= mask.shape[1] and size[1] <= mask.shape[2]:
+        return F.adaptive_max_pool2d(mask[:, None], size)[:, 0]
+    return F.interpolate(mask[:, None], size=size, mode="bilinear", antialias=True)[:, 0].clamp(0, 1)
+
+
+def _pasted(edited: Tensor, job: Job, size: tuple[int, int]) -> Tensor:
+    """An edit made at ``size`` in the full picture: there only the inside of the mask is new."""
+    full = (job.image.shape[1], job.image.shape[2])
+    if size == full:
+        return edited
+    feather = job.settings.feather * max(full) / max(size)
+    return paste_background(resize(edited, full), job.image, job.mask, feather)
+
+
 def through_diffusers(options: argparse.Namespace, job: Job) -> Outcome:
     """Edit ``job`` with a model that diffusers runs.
 
     A photo is worked on at the model's own size; the edit is brought to the size of the photo and pasted into it.
     """
-    settings = EditSettings(
-        steps=options.steps, guidance=options.guidance, strength=options.strength, seed=options.seed
-    )
     from .hosts.diffusers import DiffusersHost
 
-    if options.size is not None and options.size < 64:
-        raise InvalidImage(f"--size: got {options.size}, but at least 64 is needed.")
     print("Loading the model ...", flush=True)
     host = DiffusersHost.load(options.model, device=_device(options.device), progress=_show_steps)
     print(f"Editing with diffusers: {host.name} on {host.device}.", flush=True)
     full = (job.image.shape[1], job.image.shape[2])
     size = working_size(*full, options.size or host.native_size, host.downscale)
-    mask = F.interpolate(job.mask[:, None], size=size, mode="area")[:, 0] if size != full else job.mask
-    result = edit_image(
-        host, resize(job.image, size), mask, job.source_prompt, job.prompt, settings, on_stage=_show_stage
-    )
-    feather = math.ceil(FEATHER_SHARE * max(full)) if size != full else 0
-    edited = paste_background(resize(result.edited, full), job.image, job.mask, feather)
+    image, mask = resize(job.image, size), resize_mask(job.mask, size)
+    result = edit_image(host, image, mask, job.source_prompt, job.prompt, job.settings, on_stage=_show_stage)
     report = {
         "model": str(options.model) if options.model else "Pebble",
         "fingerprint": host.fingerprint(),
         "device": str(host.device),
         "working_size": {"width": size[1], "height": size[0]},
-        **result.report(),
+        "at_working_size": result.report(),
     }
-    scores = {**result.scores(), "edit": edit_report(edited, job.image, job.mask)}
-    return Outcome("diffusers", resize(result.reconstruction, full), edited, scores, report)
+    edited = _pasted(result.edited, job, size)
+    return Outcome("diffusers", job.image, resize(result.reconstruction, full), edited, report)
 
 
-def _through_comfyui(options: argparse.Namespace, job: Job) -> Outcome | None:
-    """The same edit in a ComfyUI, or None when diffusers shall do it; says why."""
+def through_comfyui(options: argparse.Namespace, job: Job) -> Outcome | None:
+    """The same edit in a ComfyUI, or None when diffusers shall make it; says which, and why."""
     if options.host == "diffusers":
         return None
-    install: ComfyInstall | None = find_comfyui()
-    if options.model is not None and options.host == "auto":
+    if options.model is not None:
+        if options.host == "comfyui":
+            raise ComfyError("--model is run by diffusers; the ComfyUI graph runs Pebble. Leave out one of the two.")
         print("A model file was given, so diffusers runs it.", flush=True)
         return None
+    install = find_comfyui()
     if install is None:
         if options.host == "comfyui":
             raise ComfyError("No ComfyUI was found. Set COMFYUI_PATH to the folder that holds its main.py.")
         print("No ComfyUI was found (COMFYUI_PATH, custom_nodes, ~/ComfyUI), so diffusers makes the edit.", flush=True)
         return None
-    from .demo_graph import run_in_comfyui
-
+    version = f"ComfyUI {install.version}".strip()
+    print(f"Editing through {version} in {install.path}: the example graph, on Pebble.", flush=True)
+    full = (job.image.shape[1], job.image.shape[2])
+    size = working_size(*full, options.size or PEBBLE_SIZE, 8) if job.own else full
+    own = (resize(job.image, size)[0], resize_mask(job.mask, size)[0], job.source_prompt) if job.own else None
+    _show_stage("comfyui")
     try:
-        return run_in_comfyui(install, options, job)
+        result = run_in_comfyui(install, job.settings, job.prompt, own, on_wait=_show_wait)
     except ComfyError as error:
         if options.host == "comfyui":
             raise
-        reason = str(error).strip().splitlines()[0]
-        print(f"The ComfyUI in {install.path} could not run the example graph: {reason}", flush=True)
+        print(f"\nThat ComfyUI could not do it: {str(error).strip().splitlines()[0]}", flush=True)
         print("So diffusers makes the edit. (--host comfyui stops here instead.)", flush=True)
         return None
+    print(f"\r  done in {result.seconds:.1f} s" + " " * 20, flush=True)
+    report = {
+        "comfyui": install.version,
+        "model": "Pebble",
+        "working_size": {"width": size[1], "height": size[0]},
+        "settings": asdict(job.settings),
+        "seconds": round(result.seconds, 2),
+        "node_reports": result.reports,
+    }
+    source = job.image if job.own else result.source
+    reconstruction = resize(result.reconstruction, full)
+    return Outcome(version, source, reconstruction, _pasted(result.edited, job, size), report)
 
 
 def finish(job: Job, outcome: Outcome) -> None:
     """Write pictures, contact sheet and report, and say where."""
-    panels = edit_panels(
-        job.image[0],
-        job.mask[0],
-        outcome.reconstruction[0],
-        outcome.edited[0],
-        outcome.scores,
-        job.source_prompt,
-        job.prompt,
-    )
+    shown = {"reconstruction": outcome.reconstruction, "edit": outcome.edited}
+    scores = {name: edit_report(picture, outcome.source, job.mask) for name, picture in shown.items()}
+    pictures = (outcome.source[0], job.mask[0], outcome.reconstruction[0], outcome.edited[0])
+    panels = edit_panels(*pictures, scores, job.source_prompt, job.prompt)
     sheet = contact_sheet(panels, f"Retrace, through {outcome.by}")
     report = {
         "host": outcome.by,
         "source_prompt": job.source_prompt,
         "prompt": job.prompt,
         **outcome.report,
-        "scores": {name: scores.to_dict() for name, scores in outcome.scores.items()},
+        "scores": {name: report.to_dict() for name, report in scores.items()},
     }
-    pictures = {
-        "source.png": to_picture(job.image[0]),
-        "mask.png": to_picture(job.mask[0]),
-        "reconstruction.png": to_picture(outcome.reconstruction[0]),
-        "edit.png": to_picture(outcome.edited[0]),
-        "contact_sheet.png": sheet,
-    }
+    names = ("source.png", "mask.png", "reconstruction.png", "edit.png")
     files = {}
-    for name, picture in pictures.items():  # all in memory first: a full disk or a bad value leaves no half result
+    for name, picture in (
+        *zip(names, map(to_picture, pictures), strict=True),
+        ("contact_sheet.png", sheet),
+    ):  # all in memory first: a full disk or a bad value leaves no half result
         buffer = io.BytesIO()
         picture.save(buffer, "PNG")
         files[name] = buffer.getvalue()
     files["report.json"] = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False).encode()
     for name, content in files.items():
         write_whole(job.output / name, content)
-    print(outcome.scores["edit"].text())
+    print(scores["edit"].text())
     for name in ("contact_sheet.png", "edit.png", "report.json"):
         print(f"{name:<18}{job.output / name}")
 
@@ -234,6 +262,11 @@ _stage: dict[str, Any] = {"name": "", "begun": 0.0}
 
 def _show_stage(name: str) -> None:
     _stage.update(name=_NAMES.get(name, name), begun=time.perf_counter())
+
+
+def _show_wait(seconds: float) -> None:
+    if sys.stdout.isatty():
+        print(f"\r  running ... {seconds:5.1f} s", end="", flush=True)
 
 
 def _show_steps(step: int, total: int, _: Tensor | None) -> None:

@@ -85,7 +85,7 @@ def mask() -> Tensor:
 
 
 def edit(image: Tensor, mask: Tensor, host: Any = None, **settings: Any) -> Any:
-    chosen = EditSettings(**{"steps": 12, "guidance": 1.0, **settings})
+    chosen = EditSettings(**{"steps": 12, "guidance": 1.0, "feather": 0.0, **settings})
     return edit_image(host or Grey(), image, mask, SOURCE, TARGET, chosen)
 
 
