@@ -3,8 +3,8 @@
 Methods are plain functions of a :class:`Denoiser`, ``D(x, sigma, cond)``. A host (ComfyUI, diffusers) opens a denoiser
 with :meth:`Host.run`, after it has moved the weights to the device and prepared the conditioning.
 
-Noisy latents follow k-diffusion: ``x = x0 + sigma * noise`` for eps and v models, ``x = (1 - sigma) * x0 + sigma * noise``
-for flow models. All latents here are in the model's own scale (the VAE scale factor is already applied).
+Noisy latents follow k-diffusion: ``x = x0 + sigma * noise`` for eps and v models, ``x = (1 - sigma) * x0 + sigma *
+noise`` for flow models. All latents here are in the model's own scale (the VAE scale factor is already applied).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class AttentionCall:
 
 
 class AttentionHook(Protocol):
-    """Replaces attention layers: gets q ``[rows, heads, N, dim]``, k and v ``[rows, heads, M, dim]``, returns q's shape."""
+    """Replaces attention layers: q ``[rows, heads, N, dim]``, k and v ``[rows, heads, M, dim]``; returns q's shape."""
 
     def __call__(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
@@ -91,7 +91,7 @@ class Denoiser(Protocol):
         ...
 
     def features(self, blocks: Sequence[str]) -> AbstractContextManager[dict[str, Tensor]]:
-        """Inside, the outputs ``[rows, C, h, w]`` of the decoder blocks named (``"up.0"`` ...) are kept, newest last."""
+        """Inside, the outputs ``[rows, C, h, w]`` of these decoder blocks (``"up.0"`` ...) are kept, newest last."""
         ...
 
     def progress(self, step: int, total: int, denoised: Tensor | None = None) -> None:

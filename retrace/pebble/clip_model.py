@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import require
 from . import architecture
@@ -23,7 +23,7 @@ def normalise(images: Tensor) -> Tensor:
     return (images - mean) / std
 
 
-def load_clip(folder: Path | None = None) -> tuple[nn.Module, Any]:
+def load_clip(folder: Path | None = None) -> tuple[Any, Any]:
     """An open_clip model in fp32 on the CPU, in evaluation mode, and its tokenizer (texts to ids ``[B, 77]``).
 
     Raises :class:`~retrace.errors.MissingPackage` without open_clip and :class:`~retrace.errors.InvalidFile` without
@@ -61,7 +61,7 @@ def _text_tower(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def retrieval(model: nn.Module, tokenize: Any, captions: list[str], images: Tensor, among: int = 32) -> float:
+def retrieval(model: Any, tokenize: Any, captions: list[str], images: Tensor, among: int = 32) -> float:
     """Share of ``images`` ``[N, 3, H, W]`` in 0..1 whose own caption scores highest among ``among`` different ones."""
     first = {c: i for i, c in reversed(list(enumerate(captions)))}
     order = sorted(first.values())

@@ -116,7 +116,7 @@ def test_bad_input_is_named() -> None:
         Blend(source(), half_mask(), "eps", noise="trajectory")
     with pytest.raises(InvalidImage, match="mask"):
         Blend(source(), torch.zeros(1, 48, 64), "eps")
-    with pytest.raises(InvalidImage, match="NaN|finite"):
+    with pytest.raises(InvalidImage, match="NaN"):
         Blend(source() * float("nan"), half_mask(), "eps")
     with pytest.raises(InvalidImage, match="Sample at the size of the source"):
         Blend(source(), half_mask(), "eps").start(SIGMAS, torch.zeros(1, 4, 8, 8))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,13 +43,14 @@ def main() -> None:
     latents = unet.cache_latents(autoencoder, pool)
     scaling_factor = round(1 / float(latents.std()), 5)
     export.write_vae(args.out, autoencoder, scaling_factor)
+    export.write_preview(args.out, latents[:512] * scaling_factor, pool.images[:512])
 
     stages["clip"] = clip.train(args.work, seconds["clip"], pool)
     export.write_clip(args.out, stages["clip"].model)
 
     from transformers import CLIPTextModel
 
-    text_encoder = CLIPTextModel.from_pretrained(args.out / "text_encoder", dtype=torch.float32)
+    text_encoder: Any = CLIPTextModel.from_pretrained(args.out / "text_encoder", dtype=torch.float32)
     text_encoder = text_encoder.to(stages["clip"].device).eval().requires_grad_(False)
     stages["unet"] = unet.train(args.work, seconds["unet"], pool, latents * scaling_factor, text_encoder)
     export.write_unet(args.out, stages["unet"].model)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import architecture
 from . import text_tower
@@ -100,6 +101,16 @@ def write_pipeline(folder: Path) -> None:
             "vae": ["diffusers", "AutoencoderKL"],
         },
     )
+
+
+def write_preview(folder: Path, latents: Tensor, images: Tensor) -> None:
+    """The linear map from latents ``[N, 4, 16, 16]`` (unit variance) to RGB in -1..1 that live previews use."""
+    colours = F.avg_pool2d(images.float() / 127.5 - 1, architecture.DOWNSCALE)
+    rows = latents.movedim(1, -1).flatten(0, -2)
+    rows = torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
+    solution = torch.linalg.lstsq(rows, colours.movedim(1, -1).flatten(0, -2)).solution
+    factors = [[round(v, 4) for v in row] for row in solution.tolist()]
+    write_json(folder / "preview.json", {"latent_rgb_factors": factors[:-1], "latent_rgb_factors_bias": factors[-1]})
 
 
 def write_card(folder: Path, card: dict[str, Any]) -> None:

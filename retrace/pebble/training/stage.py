@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class Stage:
     """
 
     name: str
-    model: nn.Module
+    model: Any
     folder: Path
     seconds: float
     max_steps: int
@@ -46,7 +47,8 @@ class Stage:
             self.trainable, lr=self.lr, weight_decay=self.weight_decay, betas=(0.9, 0.99), fused=True
         )
         self.ema = [p.detach().clone() for p in self.trainable]
-        self.step, self.elapsed, self.losses = 0, 0.0, []
+        self.step, self.elapsed = 0, 0.0
+        self.losses: list[list[float]] = []
         self.path = self.folder / f"{self.name}.pt"
         if self.path.exists():
             self._load()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from .. import architecture
@@ -19,7 +20,7 @@ EMPTY_CAPTIONS = 0.12
 log = logging.getLogger("retrace.pebble")
 
 
-def build() -> nn.Module:
+def build() -> Any:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(**architecture.UNET)
@@ -33,7 +34,7 @@ def alphas_cumprod() -> Tensor:
 
 
 @torch.inference_mode()
-def cache_latents(vae: nn.Module, pool: ScenePool) -> Tensor:
+def cache_latents(vae: Any, pool: ScenePool) -> Tensor:
     """Posterior means of all scenes, ``[N, 4, 16, 16]``, not yet scaled."""
     latents = []
     for start in range(0, len(pool.images), 64):
@@ -46,7 +47,7 @@ def cache_latents(vae: nn.Module, pool: ScenePool) -> Tensor:
 class Captions:
     """Encodes captions with the frozen text tower, each only once."""
 
-    def __init__(self, text_encoder: nn.Module) -> None:
+    def __init__(self, text_encoder: Any) -> None:
         import open_clip
 
         self.text_encoder = text_encoder
@@ -67,7 +68,7 @@ class Captions:
 
 
 def train(
-    folder: Path, seconds: float, pool: ScenePool, latents: Tensor, text_encoder: nn.Module, max_steps: int = 20_000
+    folder: Path, seconds: float, pool: ScenePool, latents: Tensor, text_encoder: Any, max_steps: int = 20_000
 ) -> Stage:
     """Noise prediction (Ho et al. 2020, eq. 14) on ``latents`` ``[N, 4, 16, 16]`` of unit variance."""
     torch.manual_seed(3)

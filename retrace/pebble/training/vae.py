@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ CROP, BATCH = 64, 16
 WHOLE_FROM = 0.85
 
 
-def build():
+def build() -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(**architecture.VAE)
