@@ -44,3 +44,15 @@ def set_in_training(active: bool) -> bool | None:
     if before is not None:
         comfy.model_management.in_training = active
     return before
+
+
+def drop_inference_buffers() -> None:
+    """Let core make new transfer buffers: those it made in inference mode cannot be written while autograd is on.
+
+    Only partly loaded models use them (2026 and later), and core makes them again where they are missing.
+    """
+    buffers = getattr(comfy.model_management, "STREAM_CAST_BUFFERS", {})
+    for stream in [stream for stream, buffer in buffers.items() if buffer.is_inference()]:
+        if hasattr(stream, "synchronize"):
+            stream.synchronize()
+        del buffers[stream]

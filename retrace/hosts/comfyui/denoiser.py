@@ -15,7 +15,7 @@ import latent_preview
 import torch
 from torch import Tensor
 
-from ...errors import RetraceError
+from ...errors import RetraceError, UnsupportedModel
 from ...host import AttentionHook, Conditioning, Parametrisation
 from .attention import install_attention
 from .conditioning import ComfyConditioning
@@ -60,6 +60,7 @@ class ComfyDenoiser:
         for recorder in self._recorders:
             recorder.begin()
         if torch.is_grad_enabled():
+            self._settle_hooks(entries, levels)
             entries = [[self._constant_control(entry) for entry in cond] for cond in entries]
             estimates = comfy.samplers.calc_cond_batch(self.model, entries, x, levels, self.options)
         else:  # core's own buffers are inference tensors, and those may only be written in inference mode
@@ -128,6 +129,24 @@ class ComfyDenoiser:
             yield
         finally:
             self.options = before
+
+    def _settle_hooks(self, entries: list[list[dict[str, Any]]], levels: Tensor) -> None:
+        """Write the weights of conditions with LoRA hooks now: while autograd is on, core could not.
+
+        Two different hooks in one graph would overwrite weights that the first still needs for its backward pass.
+        """
+        groups = {id(entry.get("hooks")): entry.get("hooks") for cond in entries for entry in cond}
+        if not any(groups.values()):
+            return
+        if len(groups) > 1:
+            raise UnsupportedModel(
+                "Some conditions carry LoRA hooks and others carry none or different ones; gradients cannot pass "
+                "through both at once. Apply the LoRA to the model instead, or give every condition the same hooks."
+            )
+        with torch.inference_mode():
+            (hooks,) = groups.values()
+            self.patcher.prepare_hook_patches_current_keyframe(levels, hooks, self.options)
+            self.patcher.apply_hooks(hooks=hooks)
 
     def _constant_control(self, entry: dict[str, Any]) -> dict[str, Any]:
         control = entry.get("control")

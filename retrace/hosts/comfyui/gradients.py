@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedModel
-from .compat import set_in_training
+from .compat import drop_inference_buffers, set_in_training
 from .plain import alias, change_tensors
 
 
@@ -70,6 +70,7 @@ def gradient_mode(network: nn.Module) -> Iterator[None]:
     """Autograd on, inference mode off, kernels with a backward chosen; all put back at the end."""
     before = set_in_training(True)
     try:
+        drop_inference_buffers()
         with _ordinary_leftovers(network), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import comfy.model_management
+import comfy.patcher_extension
 import comfy.samplers
 import torch
 from torch import Tensor
@@ -146,6 +147,9 @@ class ComfyHost:
         self._check(latent)
         if gradients and self._model_clone is None:
             self._model_clone = gradient_modes.gradient_clone(self.model)
+            self._model_clone.add_wrapper_with_key(
+                comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING, "retrace", _reserve_graph_memory
+            )
         patcher = self._model_clone if gradients else self.model
         sampler = _MethodSampler(self, latent, method, gradients)
         guider = comfy.samplers.CFGGuider(patcher)
@@ -174,6 +178,11 @@ class ComfyHost:
                 f"No {part.upper()} is connected, and one is needed to {purpose}. Connect it to this node."
             )
         return value
+
+
+def _reserve_graph_memory(executor: Any, model: Any, shape: Any, *args: Any, **kwargs: Any) -> Any:
+    """Core estimates the memory of a forward pass from the batch; what backward keeps takes several times that."""
+    return executor(model, [shape[0] * GRAPH_MEMORY, *shape[1:]], *args, **kwargs)
 
 
 class _MethodSampler(comfy.samplers.Sampler):  # type: ignore[misc]

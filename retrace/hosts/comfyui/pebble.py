@@ -78,7 +78,7 @@ def load_model(folder: str | Path, disable_dynamic: bool = False) -> Any:
     return patcher
 
 
-def load_clip(folder: str | Path) -> Any:
+def load_clip(folder: str | Path, disable_dynamic: bool = False) -> Any:
     """The text encoder; its hidden states feed the cross-attention, there is no projection."""
     config, weights = _read(Path(folder), "text_encoder")
     shape = {name: config[name] for name in TEXT_SHAPE if name in config}
@@ -86,12 +86,15 @@ def load_clip(folder: str | Path) -> Any:
     if not any(key.startswith("text_model.") for key in weights):
         prefix += "text_model."
     target = comfy.supported_models_base.ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel)
-    return build_clip(
+    clip = build_clip(
         target,
         {prefix + key: value for key, value in weights.items()},
         parameters=comfy.utils.calculate_parameters(weights),
         model_options={"clip_l_model_config": shape},
+        disable_dynamic=disable_dynamic,
     )
+    clip.patcher.cached_patcher_init = (_clip_patcher, (str(folder),))
+    return clip
 
 
 def load_vae(folder: str | Path) -> Any:
@@ -110,7 +113,17 @@ def load_vae(folder: str | Path) -> Any:
         "attn_resolutions": [],
         "dropout": 0.0,
     }
-    return comfy.sd.VAE(sd=weights, config={"params": {"embed_dim": config["latent_channels"], "ddconfig": dd}})
+    vae = comfy.sd.VAE(sd=weights, config={"params": {"embed_dim": config["latent_channels"], "ddconfig": dd}})
+    vae.patcher.cached_patcher_init = (_vae_patcher, (str(folder),))
+    return vae
+
+
+def _clip_patcher(folder: str, disable_dynamic: bool = False) -> Any:
+    return load_clip(folder, disable_dynamic).patcher
+
+
+def _vae_patcher(folder: str, disable_dynamic: bool = False) -> Any:
+    return load_vae(folder).patcher  # like core's own factory: a VAE decides for itself
 
 
 def comfy_unet_config(config: dict[str, Any]) -> dict[str, Any]:
