@@ -27,7 +27,7 @@ class ReferenceSchedule(io.ComfyNode):
                     "grid",
                     options=list(GRIDS),
                     default="leading_1",
-                    tooltip="\n".join(f"{name}: {grid.source}" for name, grid in GRIDS.items()),
+                    tooltip="\n".join(f"{name}: {grid.title}" for name, grid in GRIDS.items()),
                 ),
                 io.Int.Input("steps", default=50, min=1, max=1000, tooltip="How many steps to walk."),
                 io.Boolean.Input(

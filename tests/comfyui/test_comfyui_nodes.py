@@ -7,6 +7,8 @@ import json
 import re
 from pathlib import Path
 
+from update_locale_en import english
+
 from retrace.hosts.comfyui_server import ComfyServer
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +65,8 @@ def test_every_node_has_help_and_texts_in_all_languages(newest_server: ComfyServ
             inputs = {i for group in ("required", "optional") for i in value["input"].get(group, {})}
             assert set(texts[name].get("inputs", {})) == inputs, f"{language}: {name}"
             assert set(texts[name]["outputs"]) == {str(i) for i in range(len(value["output"]))}, f"{language}: {name}"
+        if language == "en":
+            assert texts == english(info), "run: python tests/comfyui/update_locale_en.py"
     served = newest_server.get_json("/i18n")
     assert served["ko"]["nodeDefs"]["RetraceBlendStep"]["display_name"]
     listed = newest_server.request("GET", "/extensions/ComfyUI-Retrace/docs/RetraceBlendStep.md")
