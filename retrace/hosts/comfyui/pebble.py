@@ -61,7 +61,7 @@ def load_model(folder: str | Path, disable_dynamic: bool = False) -> Any:
     management = comfy.model_management
     parameters = comfy.utils.calculate_parameters(weights)
     load_device = management.get_torch_device()
-    description = _description(config, scale)(unet_config)
+    description = _description(config, scale, _preview(folder))(unet_config)
     dtypes = description.supported_inference_dtypes
     dtype = management.unet_dtype(
         model_params=parameters, supported_dtypes=list(dtypes), weight_dtype=comfy.utils.weight_dtype(weights)
@@ -156,12 +156,20 @@ def comfy_unet_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _description(config: dict[str, Any], scale: float) -> Any:
+def _preview(folder: Path) -> dict[str, Any]:
+    """The linear map from latents to colours for live previews; without the file there is no preview picture."""
+    path = folder / "preview.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _description(config: dict[str, Any], scale: float, preview: dict[str, Any]) -> Any:
     """Core's SD1.5 description with this UNet's heads and this VAE's scale (core's own classes stay as they are)."""
 
     class PebbleLatent(comfy.latent_formats.LatentFormat):
         scale_factor = scale
         latent_channels = config["in_channels"]
+        latent_rgb_factors = preview.get("latent_rgb_factors")
+        latent_rgb_factors_bias = preview.get("latent_rgb_factors_bias")
 
     class Pebble(comfy.supported_models.SD15):
         # diffusers calls the number of heads of SD1.x UNets "attention_head_dim"
