@@ -38,7 +38,7 @@ class Inverted:
         if self.latent_psnr is not None:
             lines.append(f"return, latent   {self.latent_psnr:6.2f} dB PSNR")
         if self.image_psnr is not None:
-            lines.append(f"return, picture  {self.image_psnr:6.2f} dB PSNR to the VAE's own")
+            lines.append(f"return, picture  {self.image_psnr:6.2f} dB PSNR (vs VAE)")
         backwards = f", {facts['backwards']} backward passes" if facts.get("backwards") else ""
         lines.append(f"{facts['evaluations']} network evaluations{backwards}, {facts['seconds']:.1f} s")
         residuals = facts.get("residuals")
