@@ -1,10 +1,13 @@
-"""Find a ComfyUI on this machine and the Python that runs it. Standard library only."""
+"""Find a ComfyUI on this machine and the Python that runs it; links and processes. Standard library only."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
+import signal
+import socket
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,3 +98,28 @@ def unlink_pack(place: Path) -> None:
     if place.is_symlink():
         with contextlib.suppress(OSError):
             place.unlink()
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def stop_process(process: subprocess.Popen[bytes]) -> None:
+    """End a process that leads a group of its own, with everything that it started."""
+    if process.poll() is None:
+        if os.name == "nt":
+            subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)], capture_output=True, check=False)
+        else:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        if os.name != "nt":
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.wait()

@@ -11,8 +11,6 @@ import json
 import mimetypes
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -26,7 +24,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .comfyui_install import PACK_NAME, PACK_ROOT, ComfyError, ComfyInstall, find_comfyui, link_pack, unlink_pack
+from .comfyui_install import (
+    PACK_NAME,
+    PACK_ROOT,
+    ComfyError,
+    ComfyInstall,
+    find_comfyui,
+    free_port,
+    link_pack,
+    stop_process,
+    unlink_pack,
+)
 
 __all__ = ["ComfyError", "ComfyInstall", "ComfyServer", "RemoteImage", "RunResult", "find_comfyui"]
 
@@ -145,7 +153,7 @@ class ComfyServer:
         return file.read_text("utf-8", errors="replace") if file.exists() else ""
 
     def _start(self) -> None:
-        port = _free_port()
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         command = [str(self.install.python), "main.py", "--port", str(port), "--base-directory", str(self.base)]
         command += ["--disable-api-nodes", "--database-url", "sqlite:///:memory:", "--disable-auto-launch"]
@@ -181,7 +189,7 @@ class ComfyServer:
         """Stop the server and remove its temporary folder; safe to call twice."""
         process, self._process = self._process, None
         if process is not None:
-            _stop(process)
+            stop_process(process)
         base, self._base = self._base, None
         if base is not None:
             unlink_pack(base / "custom_nodes" / PACK_NAME)
@@ -313,26 +321,3 @@ def _refusal(path: str, code: int, body: bytes) -> ComfyError:
     first_id = next(iter(nodes), "")
     first_type = str(nodes[first_id].get("class_type", "")) if nodes else ""
     return ComfyError("\n".join(lines), first_id, first_type, f"HTTP {code}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        if os.name == "nt":
-            subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)], capture_output=True, check=False)
-        else:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        if os.name != "nt":
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        process.kill()
-        process.wait()

@@ -53,9 +53,10 @@ def patch_blend(
         if not isinstance(source, Mapping) or "samples" not in source:
             raise InvalidImage(f"source: got {describe(source)}, but a LATENT is needed. Connect a 'VAE Encode'.")
         samples = check_latent("source", source["samples"], host.latent_channels)
-        clean = source = host.to_model_scale(samples.float().cpu())
+        clean = host.to_model_scale(samples.float().cpu())
     cells = _on_grid(mask, clean, host.downscale)
-    blend = Blend(source, cells, host.parametrisation, noise, level, stages, seed)  # type: ignore[arg-type]
+    kept = source if isinstance(source, Trajectory) else clean
+    blend = Blend(kept, cells, host.parametrisation, noise, level, stages, seed)
     patched = model.clone()
     _Patch(blend).install(patched)
     return patched
@@ -113,6 +114,14 @@ class _Patch:
             x: Tensor = args[0] if args else kwargs["x"]
             timestep: Tensor | float = args[1] if len(args) > 1 else kwargs["timestep"]
             sigma = float(torch.as_tensor(timestep).max())
-            x.copy_(run(x, sigma))
+            blended = run(x, sigma)
+            if x.requires_grad or (x.is_inference() and not torch.is_inference_mode_enabled()):
+                # Such a tensor must not be written. The model still sees the blend, and the end of the run is exact.
+                if args:
+                    args = (blended, *args[1:])
+                else:
+                    kwargs["x"] = blended
+            else:
+                x.copy_(blended)
         result: Tensor = executor(*args, **kwargs)
         return result
