@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from ...errors import InvalidFile, RetraceError, UnsupportedModel, require
 from ...pebble.weights import weights_folder
+from ...torchvision_ops import ensure_importable
 from . import configs
 
 _PURPOSE = "run a model without ComfyUI"
@@ -38,6 +40,7 @@ def load_parts(path: Path | None, dtype: torch.dtype) -> Parts:
         UnsupportedModel: another architecture, or an inpainting, refiner or instruction variant.
         MissingPackage: diffusers or transformers is not installed.
     """
+    ensure_importable()
     require("diffusers", _PURPOSE)
     require("transformers", _PURPOSE)
     unreadable = require("safetensors", _PURPOSE).SafetensorError
@@ -45,7 +48,7 @@ def load_parts(path: Path | None, dtype: torch.dtype) -> Parts:
     if not source.exists():
         raise InvalidFile(f"There is no model at {source}. Check the path.")
     # ComfyUI and tests run under inference mode; weights made there could never take part in a backward pass.
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), _quietly():
         try:
             parts = _from_folder(source, dtype) if source.is_dir() else _from_file(source, dtype)
         except RetraceError:
@@ -65,6 +68,26 @@ def load_parts(path: Path | None, dtype: torch.dtype) -> Parts:
     for module in (parts.unet, parts.vae, *parts.text_encoders):
         module.eval().requires_grad_(False)
     return parts
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Inside, the two libraries show neither progress bars nor advice: both are about calls that are made here."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    logs: list[Any] = [diffusers.utils.logging, transformers.utils.logging]
+    before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, (verbosity, bar) in zip(logs, before, strict=True):
+            log.set_verbosity(verbosity)
+            if bar:
+                log.enable_progress_bar()
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> Parts:
@@ -122,11 +145,13 @@ def _from_file(file: Path, dtype: torch.dtype) -> Parts:
     cls = diffusers.StableDiffusionXLPipeline if family.name == "sdxl" else diffusers.StableDiffusionPipeline
     with tempfile.TemporaryDirectory() as folder:
         configs.write(family, tokenizer, Path(folder))
-        pipe = cls.from_single_file(str(file), config=folder, local_files_only=True, torch_dtype=dtype)
+        offline: dict[str, Any] = {"config": folder, "local_files_only": True}
+        vae = diffusers.AutoencoderKL.from_single_file(str(file), subfolder="vae", torch_dtype=torch.float32, **offline)
+        pipe = cls.from_single_file(str(file), vae=vae, torch_dtype=dtype, **offline)
     names = ("text_encoder", "text_encoder_2") if family.name == "sdxl" else ("text_encoder",)
     return Parts(
         unet=pipe.unet,
-        vae=pipe.vae.float(),
+        vae=vae,
         text_encoders=[getattr(pipe, n) for n in names],
         tokenizers=[getattr(pipe, n.replace("text_encoder", "tokenizer")) for n in names],
         scheduler=family.scheduler,
