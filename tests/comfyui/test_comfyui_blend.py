@@ -74,9 +74,19 @@ def test_custom_sampler_nodes_agree_with_ksampler(server: ComfyServer) -> None:
     shared = {"positive": ["target", 0], "negative": ["empty", 0], "cfg": 4.0, "sampler": ["ksampler", 0]}
     shared |= {"sigmas": ["sigmas", 0], "latent_image": ["encode", 0]}
     graph["custom"] = graphs.node("SamplerCustom", model=["blend", 0], add_noise=True, noise_seed=5, **shared)
-    graph["save_custom"] = graphs.save("custom")
+    graph["noise"] = graphs.node("RandomNoise", noise_seed=5)
+    graph["guider"] = graphs.node(
+        "CFGGuider", model=["blend", 0], positive=["target", 0], negative=["empty", 0], cfg=4.0
+    )
+    graph["advanced"] = graphs.node(
+        "SamplerCustomAdvanced", noise=["noise", 0], guider=["guider", 0], sampler=["ksampler", 0],
+        sigmas=["sigmas", 0], latent_image=["encode", 0],
+    )  # fmt: skip
+    graph |= {"save_custom": graphs.save("custom"), "save_advanced": graphs.save("advanced")}
     result = server.run(graph)
-    assert torch.equal(graphs.latent(server, result, "save"), graphs.latent(server, result, "save_custom"))
+    expected = graphs.latent(server, result, "save")
+    assert torch.equal(expected, graphs.latent(server, result, "save_custom"))
+    assert torch.equal(expected, graphs.latent(server, result, "save_advanced"))
 
 
 def test_full_mask_is_no_blend_at_all(server: ComfyServer) -> None:

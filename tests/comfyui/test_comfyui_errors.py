@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import graphs
@@ -168,3 +169,27 @@ def test_missing_weights_name_the_folder(newest_server: ComfyServer, tmp_path_fa
     with ComfyServer(newest_server.install, environment={"RETRACE_PEBBLE": str(nowhere)}) as server:
         graph = graphs.base() | {"sample": graphs.sampler(), "save": graphs.save("sample")}
         _fails(server, graph, "RetraceLoadPebble", "Load Pebble:", str(nowhere), "missing")
+
+
+def test_lpips_without_its_weights_names_the_file(newest_server: ComfyServer, tmp_path: Path) -> None:
+    graph = _paste()
+    del graph["show"]
+    graph["report"] = graphs.node(
+        "RetraceEditReport", edited=["paste", 0], source=["scene", 0], mask=["scene", 1], lpips=True
+    )
+    with ComfyServer(newest_server.install, environment={"TORCH_HOME": str(tmp_path)}) as server:
+        _fails(server, graph, "RetraceEditReport", "Edit Report: LPIPS", "alexnet", str(tmp_path), "download")
+
+
+@pytest.mark.usefixtures("pebble")
+def test_stopping_an_inversion_leaves_the_server_well(server: ComfyServer) -> None:
+    graph = graphs.base() | {"invert": graphs.inverter(steps=1000, method="fixed_point"), "save": graphs.save("invert")}
+
+    def stop(seconds: float) -> None:
+        if seconds > 1:
+            server.request("POST", "/interrupt", b"{}", "application/json")
+
+    with pytest.raises(ComfyError, match="interrupted at node invert"):
+        server.run(graph, on_wait=stop)
+    graph["invert"] = graphs.inverter(steps=2)
+    assert torch.isfinite(graphs.latent(server, server.run(graph), "save")).all()
