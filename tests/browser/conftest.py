@@ -49,15 +49,14 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture(scope="session")
-def frontend(comfyui: ComfyServer, chromium: Any) -> Any:
-    """A page with the frontend ready; ``page.problems`` lists errors of scripts."""
+def open_frontend(comfyui: ComfyServer, chromium: Any, **settings: Any) -> Any:
+    """A page with the frontend ready under these settings; ``page.problems`` lists errors of scripts."""
     page = chromium.new_page(viewport={"width": 1920, "height": 1080})
     page.problems = []
     page.on("pageerror", lambda error: page.problems.append(str(error)))
     page.on("console", lambda message: page.problems.append(message.text) if "Retrace" in message.text else None)
     # A fresh user would get the template dialog over the canvas.
-    page.request.post(comfyui.url + "/api/settings", data={"Comfy.TutorialCompleted": True})
+    page.request.post(comfyui.url + "/api/settings", data={"Comfy.TutorialCompleted": True, **settings})
     page.goto(comfyui.url, wait_until="domcontentloaded", timeout=120_000)
     page.wait_for_function(
         "!!(window.app && window.app.graph && window.LiteGraph"
@@ -66,6 +65,21 @@ def frontend(comfyui: ComfyServer, chromium: Any) -> Any:
     )
     page.wait_for_timeout(1500)
     return page
+
+
+@pytest.fixture(scope="session")
+def frontend(comfyui: ComfyServer, chromium: Any) -> Any:
+    """The frontend as a fresh user has it."""
+    return open_frontend(comfyui, chromium)
+
+
+@pytest.fixture
+def vue_frontend(comfyui: ComfyServer, chromium: Any) -> Iterator[Any]:
+    """The frontend with its newer renderer ("Nodes 2.0"), which draws nodes as HTML."""
+    page = open_frontend(comfyui, chromium, **{"Comfy.VueNodes.Enabled": True})
+    yield page
+    page.request.post(comfyui.url + "/api/settings", data={"Comfy.VueNodes.Enabled": False})
+    page.close()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

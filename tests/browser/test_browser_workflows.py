@@ -86,3 +86,19 @@ def test_run_shows_the_edit_and_its_report(frontend: Any, comfyui: ComfyServer) 
     (entry,) = (entry for key, entry in comfyui.get_json("/history").items() if key not in before)
     assert entry["status"]["status_str"] == "success"
     assert frontend.problems == []
+
+
+def test_the_report_shows_in_the_newer_renderer_too(vue_frontend: Any) -> None:
+    vue_frontend.evaluate(
+        """async () => {
+          await app.loadApiJson({
+            1: { class_type: 'RetracePebbleScene', inputs: { index: 3, objects: 1 } },
+            2: { class_type: 'RetraceEditReport',
+                 inputs: { edited: ['1', 0], source: ['1', 0], mask: ['1', 1], lpips: false } },
+          }, 'test');
+          await app.queuePrompt(0, 1);
+        }"""
+    )
+    shown = vue_frontend.locator("pre", has_text="identical in 8 bits")
+    shown.wait_for(state="visible", timeout=60_000)
+    assert vue_frontend.problems == []
