@@ -30,7 +30,6 @@ class Grey:
     latent_channels: int = 3
     downscale: int = 8
     latent_format: str = "4 channels, scale 1"
-    latent_format: str = "greys"
     evaluations: int = 0
     reports: list[tuple[int, int]] = field(default_factory=list)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
