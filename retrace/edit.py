@@ -148,7 +148,13 @@ def edit_image(
     trajectory: Trajectory = stage(
         "invert",
         lambda model, x, given: invert(
-            model, x, sigmas, given["source"], settings.method, fingerprint=host.fingerprint()
+            model,
+            x,
+            sigmas,
+            given["source"],
+            settings.method,
+            fingerprint=host.fingerprint(),
+            latent_format=host.latent_format,
         ),
         latent,
     )

@@ -106,6 +106,7 @@ class Host(Protocol):
     parametrisation: Parametrisation
     latent_channels: int
     downscale: int  # image pixels per latent cell
+    latent_format: str  # equal for models whose latents mean the same: "4 channels, scale 0.18215"
 
     def training_sigmas(self) -> Tensor:
         """Noise levels of the training timesteps, ascending ``[T]``."""

@@ -43,6 +43,7 @@ def invert(
     method: Method = "ddim",
     *,
     fingerprint: str = "",
+    latent_format: str = "",
     tolerance: float | None = None,
     max_iterations: int | None = None,
     verify: bool = False,
@@ -127,7 +128,8 @@ def invert(
     if verify:
         report["latent_psnr"] = latent_psnr(_back(model, x, levels, cond, total), path[0])
     latents = torch.stack([p.cpu() for p in reversed(path)])
-    return Trajectory(sigmas.cpu().clone(), latents, model.parametrisation, fingerprint, method, report)
+    sigmas = sigmas.cpu().clone()
+    return Trajectory(sigmas, latents, model.parametrisation, fingerprint, method, report, latent_format)
 
 
 def latent_psnr(x: Tensor, reference: Tensor) -> float:

@@ -153,6 +153,8 @@ def spdinv(problem: Problem, threshold: float, max_iterations: int) -> Step:
     best = torch.full((len(start.x),), math.inf, device=start.x.device, dtype=start.x.dtype)
     best_x, best_image, best_denoised = start.x.clone(), start.x.clone(), start.denoised.clone()
     finished = torch.zeros_like(best, dtype=torch.bool)
+    # Adam does not mind a constant factor, but the gradient of a mean over thousands of values is nothing in fp16.
+    loss_scale: Tensor | None = None
     iterations = 0
     with model.differentiable():
         z = (start.x / scale).detach().requires_grad_(True)
@@ -160,8 +162,8 @@ def spdinv(problem: Problem, threshold: float, max_iterations: int) -> Step:
         while True:
             x = z * scale
             image, denoised = problem.image(x)
-            losses = ((image - x) / scale).flatten(1).pow(2).mean(dim=1)
-            found = losses.detach()
+            errors = ((image - x) / scale).flatten(1)
+            found = errors.detach().pow(2).mean(dim=1)
             better = (found < best) & ~finished
             best = torch.where(better, found, best)
             pick = better.view(-1, 1, 1, 1)
@@ -172,8 +174,10 @@ def spdinv(problem: Problem, threshold: float, max_iterations: int) -> Step:
             iterations += 1
             if iterations == max_iterations or bool(finished.all()):
                 break
+            if loss_scale is None:
+                loss_scale = errors.detach().norm(dim=1).clamp(min=1e-12).reciprocal()
             # The samples do not share parameters, so the gradient of the sum is each sample's own.
-            (z.grad,) = torch.autograd.grad(losses.sum(), [z])
+            (z.grad,) = torch.autograd.grad((errors.pow(2).sum(dim=1) * loss_scale).sum(), [z])
             optimizer.step()
             problem.tick()
     if not bool(torch.isfinite(best).all()):

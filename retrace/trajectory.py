@@ -17,7 +17,7 @@ class Trajectory:
 
     ``sigmas`` is ``[N + 1]`` and descends to (almost) 0, ``latents`` is ``[N + 1, B, C, h, w]`` in the model's scale,
     both on the CPU; ``latents[i]`` belongs to ``sigmas[i]``. ``fingerprint`` says which model made it, ``method``
-    how.
+    how, ``latent_format`` (:attr:`Host.latent_format`, empty when not known) what the numbers of a latent mean.
     """
 
     sigmas: Tensor
@@ -26,6 +26,7 @@ class Trajectory:
     fingerprint: str
     method: str
     report: dict[str, float | int | str | list[float] | list[int]] = field(default_factory=dict)
+    latent_format: str = ""
 
     @property
     def noise(self) -> Tensor:
@@ -41,18 +42,27 @@ class Trajectory:
     def steps(self) -> int:
         return len(self.sigmas) - 1
 
-    def at(self, sigma: float, tolerance: float = 1e-3) -> Tensor:
-        """The stored latent at noise level ``sigma``; raises :class:`TrajectoryMismatch` when there is none."""
-        gap = (self.sigmas - sigma).abs()
-        index = int(torch.argmin(gap))
-        if float(gap[index]) > tolerance * max(1.0, sigma):
-            levels = ", ".join(f"{s:.3f}" for s in self.sigmas.tolist())
+    def at(self, sigma: float) -> Tensor:
+        """The latent at noise level ``sigma``, ``[B, C, h, w]``.
+
+        Between two stored levels, where samplers of higher order also ask, it is interpolated linearly in sigma: the
+        path from one to the next is one Euler step, a straight line. Raises :class:`TrajectoryMismatch` above the
+        highest and below the lowest level.
+        """
+        levels = self.sigmas.tolist()
+        top, bottom = levels[0], levels[-1]
+        if not bottom * (1 - 1e-3) - 1e-6 <= sigma <= top * (1 + 1e-3):
             raise TrajectoryMismatch(
-                f"The sampler asks for noise level {sigma:.4f}, which the inversion does not hold (it has {levels}). "
-                f"Sample with the sigmas of the inverter: connect its SIGMAS output, or use the same scheduler and "
-                "steps."
+                f"The sampler asks for noise level {sigma:.4f}, but the inversion reaches from {top:.4f} down to "
+                f"{bottom:.4f}. Sample with the sigmas of the inverter: connect its SIGMAS output, or use the same "
+                "scheduler and no more denoise than it inverted."
             )
-        return self.latents[index]
+        sigma = min(max(sigma, bottom), top)
+        upper = max(i for i, level in enumerate(levels) if level >= sigma)
+        if upper == len(levels) - 1 or levels[upper] == sigma:
+            return self.latents[upper]
+        share = (sigma - levels[upper + 1]) / (levels[upper] - levels[upper + 1])
+        return torch.lerp(self.latents[upper + 1], self.latents[upper], share)
 
     def require_model(self, fingerprint: str) -> None:
         """Raise :class:`TrajectoryMismatch` unless this model made the trajectory."""
@@ -60,4 +70,16 @@ class Trajectory:
             raise TrajectoryMismatch(
                 f"This inversion was made with another model (its fingerprint is {self.fingerprint}, the connected "
                 f"model's {fingerprint}). Connect the model that was used to invert, or invert again with this one."
+            )
+
+    def require_kind(self, parametrisation: Parametrisation, latent_format: str) -> None:
+        """Raise :class:`TrajectoryMismatch` unless latents of such a model mean the same.
+
+        Weaker than :meth:`require_model`: the same picture may be edited with a fine-tune or a LoRA.
+        """
+        mine, other = (self.parametrisation, self.latent_format), (parametrisation, latent_format)
+        if mine[0] != other[0] or (mine[1] and other[1] and mine[1] != other[1]):
+            raise TrajectoryMismatch(
+                f"This inversion holds latents of another kind of model ({' '.join(mine)}; the connected model has "
+                f"{' '.join(other)}). Invert the picture with the connected model, or with one of its family."
             )

@@ -77,6 +77,7 @@ def save_trajectory(trajectory: Trajectory, path: str | Path, extra: Mapping[str
         "fingerprint": trajectory.fingerprint,
         "parametrisation": trajectory.parametrisation,
         "method": trajectory.method,
+        "latent_format": trajectory.latent_format,
         "report": json.dumps(trajectory.report),
     }
     tensors = {"sigmas": trajectory.sigmas, "latents": trajectory.latents}
@@ -152,8 +153,10 @@ def _read(path: Path) -> tuple[Trajectory, dict[str, Tensor]]:
         report = None
     if not isinstance(report, dict):
         _refuse(broken, "its report is no JSON object")
-    fingerprint, method = metadata.get("fingerprint", ""), metadata.get("method", "")
-    return Trajectory(tensors["sigmas"], tensors["latents"], parametrisation, fingerprint, method, report), extra
+    words = [metadata.get(name, "") for name in ("fingerprint", "method", "latent_format")]
+    return Trajectory(
+        tensors["sigmas"], tensors["latents"], parametrisation, words[0], words[1], report, words[2]
+    ), extra
 
 
 def _check_version(version: str, name: str) -> None:

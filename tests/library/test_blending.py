@@ -75,8 +75,9 @@ def test_a_trajectory_needs_no_noise() -> None:
     torch.testing.assert_close(run(x, 10.0), source() + 3)
     torch.testing.assert_close(run(x, 1.0), source() + 1)
     torch.testing.assert_close(run.finish(x), source())
-    with pytest.raises(TrajectoryMismatch, match=r"2\.5000.*same scheduler and steps"):
-        run(x, 2.5)
+    torch.testing.assert_close(run(x, 2.5), source() + 1.5)  # between the levels: the straight line of an Euler step
+    with pytest.raises(TrajectoryMismatch, match=r"12\.0000.*from 10\.0000 down to 0\.0000.*same scheduler"):
+        run(x, 12.0)
 
 
 def test_soft_masks_mix_linearly() -> None:

@@ -29,7 +29,6 @@ class Grey:
     parametrisation: Parametrisation = "eps"
     latent_channels: int = 3
     downscale: int = 8
-    latent_format: str = "4 channels, scale 1"
     evaluations: int = 0
     reports: list[tuple[int, int]] = field(default_factory=list)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))

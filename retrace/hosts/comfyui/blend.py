@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...blending import Blend, BlendRun, Level, NoiseMode
-from ...errors import InvalidImage, TrajectoryMismatch
+from ...errors import InvalidImage
 from ...masks import latent_mask
 from ...trajectory import Trajectory
 from ...validation import check_latent, check_mask, describe
@@ -43,11 +43,7 @@ def patch_blend(
     """
     host = ComfyHost(model)
     if isinstance(source, Trajectory):
-        if source.parametrisation != host.parametrisation:
-            raise TrajectoryMismatch(
-                f"the trajectory was made with a model of the kind '{source.parametrisation}', the connected one is of "
-                f"the kind '{host.parametrisation}'. Invert again with the connected model."
-            )
+        source.require_kind(host.parametrisation, host.latent_format)
         clean = source.source
     else:
         if not isinstance(source, Mapping) or "samples" not in source:

@@ -40,6 +40,8 @@ class ComfyHost:
         self.vae = vae
         self.parametrisation: Parametrisation = sampling.parametrisation(self._sampling)
         self.latent_channels = int(self._format.latent_channels)
+        scale = getattr(self._format, "scale_factor", 1.0)
+        self.latent_format = f"{self.latent_channels} channels, scale {float(scale):.5g}"
         self._model_clone: Any = None  # the same weights with wrappers, made when gradients are first asked for
         self._vae_clone: Any = None
         self._running: Any = None  # the patcher of the run in progress, which must stay loaded beside the VAE

@@ -80,6 +80,7 @@ def invert_latent(
             conds["positive"],
             method,
             fingerprint=fingerprint,
+            latent_format=host.latent_format,
             tolerance=tolerance,
             max_iterations=max_iterations,
         )

@@ -30,6 +30,11 @@ def parametrisation(model_sampling: Any) -> Parametrisation:
             getattr(kind, "calculate_denoised", None) is base.calculate_denoised
             and getattr(kind, "calculate_input", None) is base.calculate_input
         ):
+            if float(getattr(model_sampling, "noise_scale", 1.0)) != 1.0:
+                raise UnsupportedModel(
+                    f"The model is trained with noise of strength {model_sampling.noise_scale}, and editing methods "
+                    "count on 1. Use another model."
+                )
             return name
     owner = next((c for c in kind.__mro__ if "calculate_denoised" in vars(c)), kind)
     raise UnsupportedModel(

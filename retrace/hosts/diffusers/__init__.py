@@ -58,6 +58,7 @@ class DiffusersHost:
         self._text = TextEncoder(parts.text_encoders, parts.tokenizers)
         self._schedule = NoiseSchedule.from_config(parts.scheduler)
         self._scale = float(parts.vae.config.scaling_factor)
+        self.latent_format = f"{self.latent_channels} channels, scale {self._scale:.5g}"
         self._shift = float(parts.vae.config.shift_factor or 0.0)
         self._fingerprint: str | None = None
 

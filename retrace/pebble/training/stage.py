@@ -165,4 +165,5 @@ def fast_precision(device: torch.device) -> Iterator[None]:
 
 
 def write_json(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
