@@ -41,11 +41,15 @@ class Example:
 
 @dataclass(frozen=True)
 class ComfyResult:
-    """Pictures ``[1, H, W, 3]`` that a ComfyUI made, 8-bit values in 0..1, and the reports of its nodes."""
+    """Pictures ``[1, H, W, 3]`` that a ComfyUI made, 8-bit values in 0..1, and the reports of its nodes.
+
+    ``edited`` comes out of Paste Background, ``unpasted`` goes into it.
+    """
 
     source: Tensor
     reconstruction: Tensor
     edited: Tensor
+    unpasted: Tensor
     reports: dict[str, str]
     seconds: float
 
@@ -107,18 +111,27 @@ def adapted(graph: Graph, settings: EditSettings, prompt: str, own: tuple[str, s
         "cfg": settings.guidance,
         "seed": settings.seed,
     }
-    _node(graph, "RetraceBlendStep")[1].update(noise=settings.background, shrink_stages=settings.shrink)
-    _node(graph, "RetracePasteBackground")[1].update(feather=settings.feather)
+    _node(graph, "RetraceBlendStep")[1].update(
+        noise=settings.background, shrink_stages=settings.shrink, seed=settings.seed
+    )
+    _, pasted = _node(graph, "RetracePasteBackground")
+    pasted["feather"] = settings.feather
+    graph["unpasted"] = {"class_type": "PreviewImage", "inputs": {"images": pasted["edited"]}}
     graph[sampling["positive"][0]]["inputs"]["text"] = prompt
     advanced = {k: v for k, v in sampling.items() if k not in ("seed", "denoise")} | {
         "end_at_step": 10_000,
         "return_with_leftover_noise": "disable",
     }
+    first = settings.first_step
     if settings.strength < 1:
-        # KSampler's denoise would spread the steps over the lower levels only, where the inversion has no latents.
-        first = settings.steps - max(1, round(settings.strength * settings.steps))
+        # KSampler's denoise would spread the steps over the lower levels; this skips steps of the same grid, and the
+        # inversion goes up only as far.
         start = {"add_noise": "enable", "noise_seed": settings.seed, "start_at_step": first}
         graph[sampler] |= {"class_type": "KSamplerAdvanced", "inputs": advanced | start}
+        levels = {"model": inversion["model"], "scheduler": settings.scheduler, "steps": settings.steps, "denoise": 1.0}
+        graph["all levels"] = {"class_type": "BasicScheduler", "inputs": levels}
+        graph["levels"] = {"class_type": "SplitSigmas", "inputs": {"sigmas": ["all levels", 0], "step": first}}
+        inversion["sigmas"] = ["levels", 1]
     back = {
         "model": inversion["model"],
         "positive": inversion["positive"],
@@ -126,7 +139,7 @@ def adapted(graph: Graph, settings: EditSettings, prompt: str, own: tuple[str, s
         "cfg": 1.0,
         "add_noise": "disable",
         "noise_seed": 0,
-        "start_at_step": 0,
+        "start_at_step": first,
     }
     graph["reconstruction latent"] = {"class_type": "KSamplerAdvanced", "inputs": advanced | back}
     graph["reconstruction picture"] = {
@@ -181,6 +194,7 @@ def run_in_comfyui(
             source=_picture(result, shown.get(pasted["source"][0])),
             reconstruction=_picture(result, "reconstruction"),
             edited=_picture(result, shown.get(paste)),
+            unpasted=_picture(result, "unpasted"),
             reports=reports,
             seconds=result.seconds,
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,12 +17,11 @@ from torch import Tensor
 from .blending import Blend, NoiseMode
 from .errors import InvalidSchedule, RetraceError
 from .host import Conditioning, Denoiser, Host, add_noise
-from .inversion import Method, invert
+from .inversion import GRADIENT_METHODS, Method, invert
 from .masks import latent_mask
 from .metrics import EditReport, edit_report
 from .paste import paste_background
 from .sampling import sample_ddim
-from .schedule import truncate
 from .trajectory import Trajectory
 from .validation import check_image, check_mask, check_same_size, check_steps, match_batch
 
@@ -58,13 +57,18 @@ class EditSettings:
                 f"guidance: got {self.guidance}, but 0 or more is needed (1 is without guidance, 5 usual)."
             )
 
+    @property
+    def first_step(self) -> int:
+        """The step at which the edit begins, where noise level ``strength`` stands; 0 at strength 1."""
+        return self.steps - max(1, round(self.strength * self.steps))
+
 
 @dataclass(frozen=True)
 class EditResult:
     """Pictures ``[B, H, W, 3]`` in 0..1 on the CPU, and how they came about.
 
     ``decoded`` is the VAE's own reconstruction, the best that ``reconstruction`` can be; ``edited`` is the source
-    itself outside the mask.
+    itself outside the mask. ``unpasted`` is the edit as the VAE decoded it, for who pastes at another size.
     """
 
     source: Tensor
@@ -72,6 +76,7 @@ class EditResult:
     decoded: Tensor
     reconstruction: Tensor
     edited: Tensor
+    unpasted: Tensor
     trajectory: Trajectory
     settings: EditSettings
     evaluations: dict[str, int]
@@ -97,8 +102,8 @@ def edit_image(
     host: Host,
     image: Tensor,
     mask: Tensor,
-    source_prompt: str,
-    prompt: str,
+    source_prompt: str | Sequence[str],
+    prompt: str | Sequence[str],
     settings: EditSettings | None = None,
     *,
     negative_prompt: str = "",
@@ -110,8 +115,9 @@ def edit_image(
         host: the model.
         image: ``[B, H, W, 3]`` in 0..1, sides multiples of ``host.downscale``.
         mask: ``[B or 1, H, W]`` in 0..1, 1 = edit.
-        source_prompt: what the picture shows now; steers the inversion.
-        prompt: what it shall show.
+        source_prompt: what the picture shows now; steers the inversion. A list holds one for each image, where the
+            host's ``encode_text`` takes lists (the diffusers host does).
+        prompt: what it shall show, or a list as above.
         on_stage: called with each of :data:`STAGES` as it begins; steps are reported by the host.
 
     Raises:
@@ -123,9 +129,12 @@ def edit_image(
     image = check_image("image", image).float().cpu()
     mask = check_mask("mask", mask, size=(image.shape[1], image.shape[2])).float().cpu()
     mask = match_batch(mask, image.shape[0], "mask")
-    sigmas = truncate(host.sigmas(settings.scheduler, settings.steps), settings.strength)
+    sigmas = host.sigmas(settings.scheduler, settings.steps)[settings.first_step :]
     latent = host.encode_image(image).cpu()
-    texts = {"source": source_prompt, "prompt": prompt, "negative": negative_prompt}
+    for name, words in (("source_prompt", source_prompt), ("prompt", prompt)):
+        if not isinstance(words, str) and len(words) != len(image):
+            raise RetraceError(f"{name}: got {len(words)} texts for {len(image)} images; give one, or one for each.")
+    texts: dict[str, Any] = {"source": source_prompt, "prompt": prompt, "negative": negative_prompt}
     conds = {name: host.encode_text(text) for name, text in texts.items()}
     evaluations: dict[str, int] = {}
     seconds: dict[str, float] = {}
@@ -141,7 +150,8 @@ def edit_image(
             evaluations[name] = model.evaluations - before
             return result
 
-        result = host.run(start, conds, counted)
+        gradients = name == "invert" and settings.method in GRADIENT_METHODS
+        result = host.run(start, conds, counted, gradients=gradients)
         seconds[name] = time.perf_counter() - begun
         return result
 
@@ -174,7 +184,7 @@ def edit_image(
         run = blend.start(sigmas, x)
         generator = torch.Generator().manual_seed(settings.seed)
         noise = torch.randn(x.shape, generator=generator).to(x)
-        start = run(add_noise(x, noise, float(sigmas[0]), model.parametrisation), float(sigmas[0]))
+        start = run(_first_latent(host, x, noise, float(sigmas[0])), float(sigmas[0]))
 
         def keep(_: int, sigma: float, after: Tensor, __: Tensor) -> Tensor:
             return run(after, sigma) if sigma > 0 else run.finish(after)
@@ -190,8 +200,21 @@ def edit_image(
         decoded=decoded,
         reconstruction=reconstruction,
         edited=paste_background(edited, image, mask, settings.feather),
+        unpasted=edited,
         trajectory=trajectory,
         settings=settings,
         evaluations=evaluations,
         seconds=seconds,
     )
+
+
+def _first_latent(host: Host, x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """What a sampler starts from at noise level ``sigma``, as ComfyUI's KSampler does.
+
+    At the highest level of the training, where the picture is as good as gone, the noise alone has the variance that
+    the network saw there, ``1 + sigma^2``; below, and for flow models, it is the forward process.
+    """
+    highest = float(host.training_sigmas()[-1])
+    if host.parametrisation != "flow" and (sigma > highest or math.isclose(sigma, highest, rel_tol=1e-5)):
+        return x0 + noise * math.sqrt(1 + sigma * sigma)
+    return add_noise(x0, noise, sigma, host.parametrisation)

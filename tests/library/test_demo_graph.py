@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ def links(graph: Graph) -> set[str]:
     return {v[0] for node in graph.values() for v in node["inputs"].values() if isinstance(v, list)}
 
 
-def only(graph: Graph, class_type: str) -> dict[str, object]:
+def only(graph: Graph, class_type: str) -> dict[str, Any]:
     (found,) = (node["inputs"] for node in graph.values() if node["class_type"] == class_type)
     return found
 
@@ -40,7 +41,7 @@ def test_settings_and_words_reach_every_node_that_has_them(graph: Graph) -> None
     inverter, sampler = only(changed, "RetraceDDIMInverter"), only(changed, "KSampler")
     assert (inverter["steps"], inverter["method"]) == (7, "fixed_point")
     assert (sampler["steps"], sampler["cfg"], sampler["seed"]) == (7, 3.0, 5)
-    assert only(changed, "RetraceBlendStep")["noise"] == "fixed"
+    assert (only(changed, "RetraceBlendStep")["noise"], only(changed, "RetraceBlendStep")["seed"]) == ("fixed", 5)
     assert "a green star" in json.dumps(changed)
     assert links(changed) <= set(changed)
 
@@ -57,9 +58,26 @@ def test_strength_skips_steps_of_the_same_grid(graph: Graph) -> None:
     starts = {
         n["inputs"]["start_at_step"]: n["inputs"] for n in changed.values() if n["class_type"] == "KSamplerAdvanced"
     }
-    assert set(starts) == {0, 15}
-    assert starts[15]["add_noise"] == "enable" and "denoise" not in starts[15]
+    assert set(starts) == {15}
+    advanced = [n["inputs"] for n in changed.values() if n["class_type"] == "KSamplerAdvanced"]
+    assert sorted(n["add_noise"] for n in advanced) == ["disable", "enable"]
+    assert not any("denoise" in n for n in advanced)
     assert not any(n["class_type"] == "KSampler" for n in changed.values())
+
+
+def test_with_little_strength_the_inversion_goes_up_only_as_far(graph: Graph) -> None:
+    changed = adapted(graph, EditSettings(steps=50, strength=0.7), "x")
+    name, output = only(changed, "RetraceDDIMInverter")["sigmas"]
+    assert output == 1 and changed[name]["class_type"] == "SplitSigmas"
+    assert changed[name]["inputs"]["step"] == 15
+    levels = only(changed, "BasicScheduler")
+    assert (levels["steps"], levels["scheduler"], levels["denoise"]) == (50, "ddim_uniform", 1.0)
+    assert "sigmas" not in only(adapted(graph, EditSettings(), "x"), "RetraceDDIMInverter")
+
+
+def test_the_edit_is_shown_before_it_is_pasted(graph: Graph) -> None:
+    changed = adapted(graph, EditSettings(), "x")
+    assert changed["unpasted"]["inputs"]["images"] == only(changed, "RetracePasteBackground")["edited"]
 
 
 def test_an_own_picture_takes_the_place_of_the_scene(graph: Graph) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from retrace.contact_sheet import contact_sheet, edit_panels
 from retrace.edit import STAGES, EditSettings, edit_image
 from retrace.errors import InvalidImage, InvalidSchedule, RetraceError
 from retrace.host import Parametrisation
+from retrace.paste import paste_background
 
 SOURCE, TARGET = "0.2", "0.8"  # prompts of the model below are the grey that it draws
 
@@ -29,6 +31,7 @@ class Grey:
     parametrisation: Parametrisation = "eps"
     latent_channels: int = 3
     downscale: int = 8
+    latent_format: str = "grey"
     evaluations: int = 0
     reports: list[tuple[int, int]] = field(default_factory=list)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -108,6 +111,60 @@ def test_the_reconstruction_is_the_source(image: Tensor, mask: Tensor) -> None:
     result = edit(image, mask, method="fixed_point")
     assert float((result.reconstruction - result.decoded).abs().max()) < 1e-3
     assert result.scores()["reconstruction"].overall.psnr > 50
+
+
+def test_the_edit_before_pasting_is_there_too(image: Tensor, mask: Tensor) -> None:
+    result = edit(image, mask, feather=4.0)
+    assert not torch.equal(result.unpasted, result.edited)
+    assert torch.equal(paste_background(result.unpasted, image, mask, 4.0), result.edited)
+
+
+def test_gradients_are_asked_for_where_the_inversion_needs_them(image: Tensor, mask: Tensor) -> None:
+    asked: dict[str, list[bool]] = {}
+
+    @dataclass
+    class Watched(Grey):
+        method: str = ""
+
+        def run(self, *args: Any, gradients: bool = False, **more: Any) -> Any:
+            asked.setdefault(self.method, []).append(gradients)
+            return super().run(*args, **more)
+
+        @contextmanager
+        def differentiable(self) -> Iterator[None]:
+            with torch.enable_grad():
+                yield
+
+    for method in ("ddim", "fixed_point", "spdinv"):
+        edit(image, mask, Watched(method=method), method=method, steps=3)
+    assert asked == {"ddim": [False] * 3, "fixed_point": [False] * 3, "spdinv": [True, False, False]}
+
+
+@pytest.mark.parametrize(("top", "scale"), [(10.0, math.sqrt(1 + 100)), (20.0, 10.0)])
+def test_at_the_highest_level_the_noise_has_the_variance_of_the_training(
+    image: Tensor, mask: Tensor, top: float, scale: float
+) -> None:
+    """As ComfyUI's KSampler starts; one level below it is the forward process."""
+    seen: list[Tensor] = []
+
+    @dataclass
+    class Watched(Grey):
+        def training_sigmas(self) -> Tensor:
+            return torch.tensor([0.05, top])
+
+        def denoised_each(self, x: Tensor, sigma: Tensor | float, conds: list[float]) -> list[Tensor]:
+            seen.append(x.clone())
+            return super().denoised_each(x, sigma, conds)
+
+    edit(image, torch.ones_like(mask), Watched(), guidance=2.0, seed=3)
+    latent = Grey().encode_image(image)
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(seen[0], latent + scale * noise)
+
+
+def test_a_batch_has_a_prompt_for_each_image_or_one(image: Tensor, mask: Tensor) -> None:
+    with pytest.raises(RetraceError, match="prompt: got 3 texts for 1 images"):
+        edit_image(Grey(), image, mask, SOURCE, [TARGET] * 3)
 
 
 def test_little_strength_stays_close_to_the_source(image: Tensor, mask: Tensor) -> None:
