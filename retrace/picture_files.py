@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import InvalidFile, InvalidImage
+from .files import replace_file
 from .validation import check_mask
 
 
@@ -93,15 +91,9 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         InvalidFile: the folder cannot be made or written to.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        replace_file(path, content)
     except OSError as error:
         raise InvalidFile(
             f"{path} cannot be written ({error.strerror or error}). Choose another folder with --output, or make room."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()

@@ -7,9 +7,7 @@ null-text embeddings of every step, say) as ``extra.<name>``. A file appears com
 from __future__ import annotations
 
 import json
-import os
 import re
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidFile, InvalidSchedule, require
+from .files import replace_file
 from .host import Parametrisation
 from .schedule import check_sigmas
 from .trajectory import Trajectory
@@ -62,8 +61,7 @@ def safe_name(name: object) -> str:
 def save_trajectory(trajectory: Trajectory, path: str | Path, extra: Mapping[str, Tensor] | None = None) -> Path:
     """Write ``trajectory`` and the tensors ``extra`` to ``path``, replacing a file that is there; returns the path.
 
-    The folder is made if needed. The bytes go to a temporary file beside it first, so that an interruption leaves the
-    old file, or none.
+    The folder is made if needed; an interruption leaves the old file, or none.
 
     Raises:
         InvalidFile: a trajectory with NaN or of inconsistent shape, or a place that cannot be written.
@@ -84,21 +82,13 @@ def save_trajectory(trajectory: Trajectory, path: str | Path, extra: Mapping[str
     tensors |= {EXTRA + name: tensor for name, tensor in extra.items()}
     torch_format = require("safetensors.torch", "save inversions", "safetensors")
     data = torch_format.save({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, metadata)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        replace_file(target, data)
     except OSError as error:
         raise InvalidFile(
             f"The inversion could not be written to '{target}': {error.strerror or error}. Check that there is space "
             "on the disk and that the folder may be written to; a file that was there before is unchanged."
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return target
 
 
