@@ -6,12 +6,14 @@ method of this library sees is therefore always ordinary: aliased where that is 
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from ..tensors import change_tensors
+
+__all__ = ["alias", "change_tensors", "result"]
 
 T = TypeVar("T")
 
@@ -28,23 +30,3 @@ def alias(tensor: Tensor) -> Tensor:
 def result(value: T, device: torch.device) -> T:
     """``value`` with every tensor in it detached, ordinary and on ``device``; containers, dataclasses are rebuilt."""
     return change_tensors(value, lambda tensor: alias(tensor.detach()).to(device))  # type: ignore[no-any-return]
-
-
-def change_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` with ``change`` applied to every tensor inside it."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return type(value)((key, change_tensors(item, change)) for key, item in value.items())
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(change_tensors(item, change) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(change_tensors(item, change) for item in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {
-            field.name: change_tensors(getattr(value, field.name), change)
-            for field in dataclasses.fields(value)
-            if field.init
-        }
-        return dataclasses.replace(value, **fields)
-    return value

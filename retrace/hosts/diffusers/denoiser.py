@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar, cast
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ...errors import InvalidImage, RetraceError
 from ...host import AttentionHook, Conditioning, Parametrisation, Row
+from ..tensors import change_tensors
 from .attention import Batch, attention_hook, feature_hook
 from .noise_schedule import NoiseSchedule
 from .text import TextCondition
@@ -153,16 +153,4 @@ def prepare(conds: Mapping[str, Any], device: torch.device) -> dict[str, Conditi
 
 def detached(value: T) -> T:
     """``value`` with every tensor in it detached and on the CPU; containers and dataclasses are rebuilt."""
-    changed: Any = value
-    if isinstance(value, Tensor):
-        changed = value.detach().cpu()
-    elif isinstance(value, dict):
-        changed = {key: detached(item) for key, item in value.items()}
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        changed = type(value)(*map(detached, value))
-    elif isinstance(value, (list, tuple)):
-        changed = type(value)(map(detached, value))
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: detached(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-        changed = dataclasses.replace(value, **fields)
-    return cast(T, changed)
+    return cast(T, change_tensors(value, lambda tensor: tensor.detach().cpu()))
