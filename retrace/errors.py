@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 from types import ModuleType
 
@@ -32,6 +33,16 @@ class InvalidFile(RetraceError):
 
 class MissingPackage(RetraceError, ImportError):
     """An optional package is not installed."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the computer had no memory left; PyTorch says so in a different way on each of them."""
+    if isinstance(error, MemoryError) or any(c.__name__ == "OutOfMemoryError" for c in type(error).__mro__):
+        return True
+    if isinstance(error, OSError):  # reading a model: no address space, or on Windows "the paging file is too small"
+        return error.errno == errno.ENOMEM or getattr(error, "winerror", None) == 1455
+    texts = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "erroroutofmemory")
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
 
 
 def require(package: str, purpose: str, pip_name: str | None = None) -> ModuleType:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ...errors import InvalidFile, RetraceError, UnsupportedModel, require
+from ...errors import InvalidFile, RetraceError, UnsupportedModel, is_out_of_memory, require
 from ...pebble.weights import weights_folder
 from ...torchvision_ops import ensure_importable
 from . import configs
@@ -54,6 +54,8 @@ def load_parts(path: Path | None, dtype: torch.dtype) -> Parts:
         except RetraceError:
             raise
         except (OSError, ValueError, KeyError, RuntimeError, unreadable) as error:
+            if is_out_of_memory(error):
+                raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InvalidFile(
                 f"The model {source} cannot be read: {reason} "
