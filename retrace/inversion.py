@@ -22,6 +22,7 @@ from torch import Tensor
 from .errors import RetraceError
 from .host import Conditioning, Denoiser
 from .inversion_steps import Problem, Step, ddim, fixed_point, predict, spdinv
+from .metrics.quality import PSNR_CAP
 from .sampling import ddim_step, require_finite
 from .schedule import check_sigmas
 from .trajectory import Trajectory
@@ -31,8 +32,6 @@ Method = Literal["ddim", "fixed_point", "spdinv"]
 METHODS: tuple[Method, ...] = ("ddim", "fixed_point", "spdinv")
 GRADIENT_METHODS: frozenset[Method] = frozenset({"spdinv"})
 """Methods that need a host run with ``gradients=True``."""
-
-PSNR_CAP = 200.0  # dB, instead of infinity for an exact return (JSON has no infinity)
 
 
 def invert(
@@ -133,7 +132,8 @@ def invert(
 
 
 def latent_psnr(x: Tensor, reference: Tensor) -> float:
-    """PSNR in dB of latents ``[B, C, h, w]``, peak = range of the reference, mean over the batch, at most 200."""
+    """PSNR in dB of latents ``[B, C, h, w]``, peak = range of the reference, mean over the batch, at most
+    :data:`~retrace.metrics.quality.PSNR_CAP`."""
     error = (x - reference).flatten(1).pow(2).mean(dim=1)
     peak = reference.flatten(1).amax(dim=1) - reference.flatten(1).amin(dim=1)
     ratio = (peak.pow(2) / error.clamp(min=1e-38)).clamp(min=1e-38)

@@ -13,7 +13,8 @@ from ..errors import InvalidImage, require
 from ..validation import check_image, check_same_size, describe, match_batch
 
 PSNR_CAP = 100.0
-"""dB given to identical pictures, whose PSNR is infinite; far beyond what 8 bits resolve (one level is 48 dB)."""
+"""dB given to identical pictures and latents, whose PSNR is infinite and which JSON could not hold; far beyond what 8
+bits resolve (one level is 48 dB). The one cap of the whole library."""
 
 SSIM_WINDOW = 11
 _SSIM_BORDER = SSIM_WINDOW // 2
