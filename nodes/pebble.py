@@ -51,10 +51,18 @@ class PebbleScene(io.ComfyNode):
                     "index", default=0, min=0, max=999_999, tooltip="Which scene; every number is another one."
                 ),
                 io.Int.Input("objects", default=1, min=1, max=2, tooltip="How many objects lie in it."),
+                io.Int.Input(
+                    "margin",
+                    default=0,
+                    min=0,
+                    max=32,
+                    optional=True,
+                    tooltip="How far the mask reaches beyond the object, in pixels. Replacing it wants 3 or more.",
+                ),
             ],
             outputs=[
                 io.Image.Output("image", display_name="image", tooltip="The scene, 128x128 pixels."),
-                io.Mask.Output("mask", display_name="mask", tooltip="The exact mask of the first object."),
+                io.Mask.Output("mask", display_name="mask", tooltip="The mask of the first object."),
                 io.String.Output(
                     "caption", display_name="caption", tooltip="The words for it, for example 'a red circle on sand'."
                 ),
@@ -63,6 +71,7 @@ class PebbleScene(io.ComfyNode):
 
     @classmethod
     @reports_errors("Pebble Scene")
-    def execute(cls, index: int, objects: int) -> io.NodeOutput:
+    def execute(cls, index: int, objects: int, margin: int = 0) -> io.NodeOutput:
         scene = sample_scene(scene_rng("heldout", index), objects)
-        return io.NodeOutput(render(scene).movedim(0, -1)[None], instance_masks(scene)[:1], scene.caption())
+        mask = instance_masks(scene, margin)[:1]
+        return io.NodeOutput(render(scene).movedim(0, -1)[None], mask, scene.caption())

@@ -33,6 +33,7 @@ class Example:
 
     index: int
     objects: int
+    margin: int
     level: int
     levels: int
     prompt: str
@@ -92,7 +93,9 @@ def example(graph: Graph) -> Example:
         seed=sampler["seed"],
     )
     prompt = graph[sampler["positive"][0]]["inputs"]["text"]
-    return Example(scene["index"], scene["objects"], mask["level"], mask["levels"], prompt, settings)
+    return Example(
+        scene["index"], scene["objects"], scene["margin"], mask["level"], mask["levels"], prompt, settings
+    )
 
 
 def adapted(graph: Graph, settings: EditSettings, prompt: str, own: tuple[str, str, str] | None = None) -> Graph:

@@ -106,7 +106,7 @@ def example_job(output: Path) -> Job:
     """What the example graph edits: a held-out scene of Pebble."""
     shipped = example(load_graph())
     (scene,) = scenes.heldout(1, shipped.index, shipped.objects)
-    mask = mask_precision(scenes.instance_masks(scene)[:1], shipped.level, shipped.levels)
+    mask = mask_precision(scenes.instance_masks(scene, shipped.margin)[:1], shipped.level, shipped.levels)
     image = scenes.render(scene).movedim(0, -1)[None]
     return Job(image, mask, scene.caption(), shipped.prompt, shipped.settings, output, own=False)
 

@@ -185,11 +185,11 @@ def signed_distance(obj: Object, size: int = SIZE) -> Tensor:
     return (wv * (u - outer) + (outer - wu) * v) / length
 
 
-def instance_masks(scene: Scene) -> Tensor:
-    """Exact masks ``[objects, SIZE, SIZE]``, 1 inside."""
+def instance_masks(scene: Scene, margin: float = 0.0) -> Tensor:
+    """Exact masks ``[objects, SIZE, SIZE]``, 1 inside and up to ``margin`` pixels around (the soft edge is about 2)."""
     if not scene.objects:
         return torch.zeros(0, SIZE, SIZE)
-    return torch.stack([(signed_distance(o) < 0).float() for o in scene.objects])
+    return torch.stack([(signed_distance(o) < margin).float() for o in scene.objects])
 
 
 def render(scene: Scene) -> Tensor:

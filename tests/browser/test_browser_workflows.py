@@ -92,7 +92,7 @@ def test_the_report_shows_in_the_newer_renderer_too(vue_frontend: Any) -> None:
     vue_frontend.evaluate(
         """async () => {
           await app.loadApiJson({
-            1: { class_type: 'RetracePebbleScene', inputs: { index: 3, objects: 1 } },
+            1: { class_type: 'RetracePebbleScene', inputs: { index: 3, objects: 1, margin: 0 } },
             2: { class_type: 'RetraceEditReport',
                  inputs: { edited: ['1', 0], source: ['1', 0], mask: ['1', 1], lpips: false } },
           }, 'test');

@@ -21,7 +21,7 @@ def node(class_type: str, **inputs: Any) -> dict[str, Any]:
 def base(index: int = 3) -> Graph:
     """A scene, Pebble, the scene's latent and three prompts."""
     return {
-        "scene": node("RetracePebbleScene", index=index, objects=1),
+        "scene": node("RetracePebbleScene", index=index, objects=1, margin=0),
         "pebble": node("RetraceLoadPebble"),
         "encode": node("VAEEncode", pixels=["scene", 0], vae=["pebble", 2]),
         "caption": node("CLIPTextEncode", text=["scene", 2], clip=["pebble", 1]),

@@ -28,7 +28,7 @@ def _preview(of: str) -> dict[str, Any]:
 def _paste(**changes: Any) -> graphs.Graph:
     inputs = {"edited": ["scene", 0], "source": ["scene", 0], "mask": ["scene", 1], "feather": 2.0}
     return {
-        "scene": graphs.node("RetracePebbleScene", index=3, objects=1),
+        "scene": graphs.node("RetracePebbleScene", index=3, objects=1, margin=0),
         "paste": graphs.node("RetracePasteBackground", **{**inputs, **changes}),
         "show": _preview("paste"),
     }
@@ -126,9 +126,10 @@ class TestWithModel:
         graph["sample"]["inputs"]["latent_image"] = ["large", 0]
         _fails(newest_server, graph, "KSampler", "Blend Step keeps a source latent", "size of the source")
 
-    def test_other_steps_than_the_trajectory(self, newest_server: ComfyServer) -> None:
+    def test_sampling_from_above_the_trajectory(self, newest_server: ComfyServer) -> None:
         graph = graphs.blended(source=None, trajectory=["invert", 1], noise="trajectory")
-        graph["invert"] = graphs.inverter(steps=graphs.STEPS + 1)
+        graph["invert"] = graphs.inverter(sigmas=["lower", 0])
+        graph["lower"] = graphs.node("BasicScheduler", model=["pebble", 0], scheduler="normal", steps=3, denoise=0.5)
         _fails(newest_server, graph, "KSampler", "noise level", "SIGMAS")
 
     @pytest.mark.parametrize("target", ["invert", "blend"])
