@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from retrace.edit import EditSettings, edit_image
 from retrace.errors import InvalidFile, InvalidSchedule, UnsupportedModel
 from retrace.hosts.diffusers import SCHEDULERS, DiffusersHost, NoiseSchedule, configs
 from retrace.hosts.diffusers.loading import load_parts
@@ -117,6 +118,86 @@ def test_text_of_sdxl_is_that_of_its_pipeline(sdxl: Path) -> None:
     torch.testing.assert_close(condition.pooled, pooled.detach())
     long = host.encode_text(LONG)
     assert long.embedding.shape == (1, 154, 48) and long.pooled is not None and long.pooled.shape == (1, 16)
+
+
+def test_a_list_of_prompts_is_one_condition(sd: Path, sdxl: Path) -> None:
+    prompts = ["a red circle", LONG, ""]
+    for folder in (sd, sdxl):
+        host = DiffusersHost.load(folder, device="cpu")
+        together, alone = host.encode_text(prompts), [host.encode_text(p) for p in prompts]
+        assert together.embedding.shape[:2] == (3, 154)
+        for i, one in enumerate(alone):
+            kept = one.embedding.shape[1]
+            torch.testing.assert_close(together.embedding[i : i + 1, :kept], one.embedding, rtol=1e-4, atol=1e-4)
+            if one.pooled is not None and together.pooled is not None:
+                torch.testing.assert_close(together.pooled[i : i + 1], one.pooled, rtol=1e-4, atol=1e-4)
+        # What fills up the short ones is a chunk of the empty prompt.
+        torch.testing.assert_close(together.embedding[0, 77:], alone[2].embedding[0], rtol=1e-4, atol=1e-4)
+
+
+def test_text_encoders_work_on_the_device_and_go_back(sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = DiffusersHost.load(sdxl, device="cpu")
+    host._text.device = torch.device("meta")  # stands for a card: nothing of it may be left there
+    moves: list[str] = []
+    for number, encoder in enumerate(host._text.encoders):
+        monkeypatch.setattr(encoder, "to", lambda device, n=number: moves.append(f"{n} {device}"))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        host.encode_text("a red circle")
+    assert moves == ["0 meta", "0 cpu"]
+
+
+# -- memory
+
+
+def test_a_vae_without_room_goes_on_in_tiles(sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = DiffusersHost.load(sd, device="cpu")
+    latent = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected, decode, calls = host.decode_latent(latent), host.vae.decode, []
+
+    def without_room(*args: Any, **more: Any) -> Any:
+        calls.append(host.vae.use_tiling)
+        if not host.vae.use_tiling:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+        return decode(*args, **more)
+
+    monkeypatch.setattr(host.vae, "decode", without_room)
+    torch.testing.assert_close(host.decode_latent(latent), expected)  # one tile holds it all here
+    assert calls == [False, True]
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(host.vae, "decode", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        host.decode_latent(latent)
+
+
+def test_a_model_that_does_not_fit_is_not_called_damaged(sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 5 GB.")
+
+    monkeypatch.setattr(diffusers.UNet2DConditionModel, "from_pretrained", full)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        load_parts(sd, torch.float32)
+
+
+# -- the whole edit
+
+
+@pytest.mark.parametrize("method", ["ddim", "fixed_point", "spdinv"])
+def test_every_method_edits_a_batch_with_its_own_prompts(sd: Path, method: Any) -> None:
+    host = DiffusersHost.load(sd, device="cpu")
+    image = torch.rand(2, 32, 32, 3, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(1, 32, 32)
+    mask[:, 8:24, 8:24] = 1
+    settings = EditSettings(steps=2, method=method, seed=1)
+    words = (["a red circle", "a blue star"], ["a green square", "a white star"])
+    result = edit_image(host, image, mask, *words, settings)
+    assert torch.isfinite(result.edited).all()
+    assert torch.equal(result.edited[mask.expand(2, -1, -1) == 0], image[mask.expand(2, -1, -1) == 0])
+    assert (int(result.trajectory.report["backwards"]) > 0) == (method == "spdinv")
+    alone = edit_image(host, image[:1], mask, words[0][0], words[1][0], settings)
+    assert result.trajectory.latents[-1, :1].allclose(alone.trajectory.latents[-1], atol=1e-4)
 
 
 # -- predictions

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ...errors import InvalidImage, UnsupportedModel
+from ...errors import InvalidImage, UnsupportedModel, is_out_of_memory
 from ...host import Conditioning, Denoiser, Parametrisation
 from .denoiser import ProgressCallback, UNetDenoiser, detached, prepare
 from .loading import Parts, load_parts
@@ -21,6 +21,7 @@ __all__ = ["SCHEDULERS", "DiffusersHost", "NoiseSchedule", "TextCondition", "bes
 
 T = TypeVar("T")
 _SAMPLES = 32  # values taken from each weight tensor for the fingerprint
+_TILE = 512  # pixels; the VAE of SDXL takes 1.5 GB for one in float32
 
 
 def best_device() -> torch.device:
@@ -55,7 +56,7 @@ class DiffusersHost:
         self.latent_channels = int(parts.vae.config.latent_channels)
         self.downscale = 2 ** (len(parts.vae.config.block_out_channels) - 1)
         self.native_size = int(parts.unet.config.sample_size or 64) * self.downscale
-        self._text = TextEncoder(parts.text_encoders, parts.tokenizers)
+        self._text = TextEncoder(parts.text_encoders, parts.tokenizers, self.device)
         self._schedule = NoiseSchedule.from_config(parts.scheduler)
         self._scale = float(parts.vae.config.scaling_factor)
         self.latent_format = f"{self.latent_channels} channels, scale {self._scale:.5g}"
@@ -73,7 +74,8 @@ class DiffusersHost:
         """Load a diffusers folder or a ``.safetensors`` checkpoint; ``None`` is Pebble. Nothing is ever downloaded.
 
         ``device`` is by default the fastest one, ``dtype`` float16 on CUDA and float32 elsewhere; the VAE stays
-        float32, because in half precision that of SDXL overflows.
+        float32, because in half precision that of SDXL overflows. On CUDA the text encoders wait on the CPU, and the
+        VAE takes the images of a batch one by one; where it still runs out of memory it goes on in tiles.
 
         Raises:
             InvalidFile: nothing there, unreadable or incomplete.
@@ -85,8 +87,10 @@ class DiffusersHost:
         location = Path(path) if path is not None else None
         parts = load_parts(location, precision)
         with torch.inference_mode(False):
-            for module in (parts.unet, parts.vae, *parts.text_encoders):
+            for module in (parts.unet, parts.vae, *(parts.text_encoders if target.type != "cuda" else ())):
                 module.to(target)
+        if target.type == "cuda":
+            parts.vae.enable_slicing()
         return cls(parts, location.name if location else "Pebble", progress)
 
     @property
@@ -118,10 +122,13 @@ class DiffusersHost:
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
 
-    def encode_text(self, prompt: str) -> TextCondition:
-        """The condition for ``prompt``. Longer prompts go in chunks of 75 tokens; brackets are plain text."""
+    def encode_text(self, prompt: str | Sequence[str]) -> TextCondition:
+        """The condition for ``prompt``, or for a list of them, one for each image of a batch.
+
+        Longer prompts go in chunks of 75 tokens; brackets are plain text.
+        """
         with torch.inference_mode(False):
-            return self._text(prompt)
+            return self._text([prompt] if isinstance(prompt, str) else prompt)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Images ``[B, H, W, 3]`` in 0..1 to latents (posterior mean) ``[B, C, h, w]``.
@@ -140,7 +147,7 @@ class DiffusersHost:
             raise InvalidImage("The VAE got an image with NaN or infinite values. Look for them where it was made.")
         with torch.inference_mode(False), torch.no_grad():
             pixels = (image * 2 - 1).movedim(-1, 1).to(self.device, torch.float32)
-            mean = self.vae.encode(pixels).latent_dist.mode()
+            mean = self._with_room(lambda: self.vae.encode(pixels).latent_dist.mode())
             return (mean - self._shift) * self._scale
 
     def decode_latent(self, latent: Tensor) -> Tensor:
@@ -158,10 +165,22 @@ class DiffusersHost:
             raise InvalidImage(
                 f"The VAE got a latent of shape {list(latent.shape)}; it needs [B, {self.latent_channels}, h, w]."
             )
-        pixels: Tensor = self.vae.decode(
-            latent.to(self.device, torch.float32) / self._scale + self._shift, return_dict=False
-        )[0]
-        return pixels
+        given = latent.to(self.device, torch.float32) / self._scale + self._shift
+        return self._with_room(lambda: self.vae.decode(given, return_dict=False)[0])
+
+    def _with_room(self, work: Callable[[], Tensor]) -> Tensor:
+        """``work``, a call of the VAE; where memory does not suffice again in tiles, which blend at their seams."""
+        try:
+            return work()
+        except Exception as error:
+            if not is_out_of_memory(error) or self.vae.use_tiling:
+                raise
+        # Out here, where the failed call no longer holds its tensors.
+        self.vae.enable_tiling()
+        self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = _TILE, _TILE // self.downscale
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return work()
 
     def run(
         self,
