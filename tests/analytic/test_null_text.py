@@ -1,0 +1,294 @@
+"""Null-text optimisation where the denoiser is a formula: what a step must find, and what it may cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from retrace.errors import InvalidSchedule, RetraceError, TrajectoryMismatch
+from retrace.inversion import invert
+from retrace.null_text import MODES, NullText, optimise_null_text
+from retrace.null_text_steps import Optimisation, Settings
+from retrace.sampling import sample_ddim
+from retrace.trajectory import Trajectory
+
+from .gaussian import Gaussian, Mean, centre, ladder, natural
+
+STEPS = 12
+SCALE = 7.5
+
+
+@dataclass
+class Textual(Gaussian):
+    """The Gaussian with an embedding per image; counts the backward passes that reach one."""
+
+    def mean(self, cond: Mean) -> Tensor:
+        return self._to(cond.embedding.flatten(1).to(self.std))
+
+    def denoised(self, x: Tensor, sigma: Tensor | float, cond: Any) -> Tensor:
+        estimate = super().denoised(x, sigma, cond)
+        if cond.embedding.requires_grad:
+            estimate.register_hook(self._count)
+        return estimate
+
+
+@dataclass
+class Case:
+    model: Textual
+    trajectory: Trajectory
+    cond: Mean
+    uncond: Mean
+
+    def optimise(self, **options: Any) -> NullText:
+        self.model.evaluations = self.model.backwards = 0
+        return optimise_null_text(self.model, self.trajectory, self.cond, self.uncond, SCALE, **options)
+
+    def back(self, found: NullText) -> Tensor:
+        x = found.start
+        for i, embedding in enumerate(found.embeddings):
+            conds = [self.cond, self.uncond]
+            conds[1 if found.replaces == "uncond" else 0] = Mean(embedding)
+            x = sample_ddim(self.model, x, found.sigmas[i : i + 2], *conds, SCALE)
+        return x
+
+    def plain(self) -> Tensor:
+        return sample_ddim(
+            self.model, self.trajectory.noise, self.trajectory.sigmas, self.cond, self.uncond, scale=SCALE
+        )
+
+
+def case(images: int = 1, method: str = "ddim", parametrisation: Any = "eps", sigmas: Tensor | None = None) -> Case:
+    base = natural(4, parametrisation, dtype=torch.float32)
+    model = Textual(base.shape, base.std, parametrisation, base.basis)
+    cond = centre(model, 0.3)
+    image = model.draw(images, cond, seed=3)
+    if sigmas is None:
+        sigmas = ladder(STEPS, 0.99 if parametrisation == "flow" else 10.0, 2.0).float()
+    trajectory = invert(model, image, sigmas, cond, method)  # type: ignore[arg-type]
+    return Case(model, trajectory, cond, Mean(torch.zeros_like(cond.embedding)))
+
+
+def error(case: Case, x: Tensor) -> float:
+    return float((x - case.trajectory.source).norm() / case.trajectory.source.norm())
+
+
+@pytest.mark.parametrize("parametrisation", ["eps", "v", "flow"])
+@pytest.mark.parametrize("parity", [True, False])
+def test_guided_sampling_returns_to_the_image(parametrisation: str, parity: bool) -> None:
+    this = case(parametrisation=parametrisation)
+    found = this.optimise(parity=parity, inner_steps=60, early_stop=0.0)
+    assert error(this, this.back(found)) < 0.05
+    assert error(this, this.back(found)) < 0.1 * error(this, this.plain())
+    assert found.replaces == "uncond" and found.embeddings.shape == (STEPS, 1, 1, 16)
+
+
+def test_the_reported_psnr_is_that_of_sampling() -> None:
+    this = case()
+    found = this.optimise(inner_steps=3)
+    source = this.trajectory.source
+    mse = (this.back(found) - source).square().mean()
+    assert found.latent_psnr == pytest.approx(
+        float(10 * ((source.amax() - source.amin()) ** 2 / mse).log10()), abs=1e-3
+    )
+
+
+def test_the_loss_is_measured_in_the_scale_of_the_papers() -> None:
+    this = case()
+    found = this.optimise(parity=True, inner_steps=1)
+    first, second = (float(s) for s in this.trajectory.sigmas[:2])
+    z, z_next = (this.trajectory.latents[i] / math.sqrt(1 + s * s) for i, s in enumerate((first, second)))
+    abar, abar_next = 1 / (1 + first**2), 1 / (1 + second**2)
+    eps = [(z * math.sqrt(1 + first**2) - this.model.denoised(this.trajectory.noise, first, c)) / first
+           for c in (this.uncond, this.cond)]  # fmt: skip
+    guided = eps[0] + SCALE * (eps[1] - eps[0])
+    # Song et al. 2021, eq. 12 with eta 0, as the reference writes it.
+    clean = (z - (1 - abar) ** 0.5 * guided) / abar**0.5
+    step = abar_next**0.5 * clean + (1 - abar_next) ** 0.5 * guided
+    assert float(found.losses[0][0, 0]) == pytest.approx(float((step - z_next).square().mean()), rel=1e-4)
+
+
+class TestCosts:
+    def test_parity(self) -> None:
+        this = case()
+        found = this.optimise(parity=True)
+        assert found.evaluations == this.model.evaluations == sum(3 + k for k in found.iterations)
+        assert found.backwards == this.model.backwards == sum(found.iterations)
+        assert {len(loss) for loss in found.losses} == set(found.iterations) and len(set(found.iterations)) > 1
+        for i, loss in enumerate(found.losses):
+            # The last one looked at is below the threshold, unless the iterations ran out first.
+            below = loss[:, 0] < 1e-5 + 2e-5 * i
+            assert not below[:-1].any() and (bool(below[-1]) or len(loss) == 10)
+
+    def test_default(self) -> None:
+        this = case()
+        found = this.optimise(inner_steps=4, early_stop=0.0)
+        assert this.model.evaluations == found.evaluations == sum(2 + k for k in found.iterations)
+        assert this.model.backwards == found.backwards == sum(found.iterations)
+
+    def test_default_where_the_prompt_already_returns(self) -> None:
+        """An exact inversion: one evaluation per step, none of them with gradients."""
+        this = case(method="fixed_point")
+        found = this.optimise(only_text_differs=True)
+        assert found.evaluations == STEPS and found.backwards == 0
+        assert torch.equal(found.embeddings, this.cond.embedding.float().expand(STEPS, 1, 1, -1))
+        assert error(this, this.back(found)) < 1e-4
+
+    def test_what_is_shared_changes_nothing(self) -> None:
+        this = case()
+        one, other = (this.optimise(only_text_differs=shared, early_stop=1e-6) for shared in (True, False))
+        assert torch.equal(one.embeddings, other.embeddings)
+        assert one.evaluations <= other.evaluations
+
+    def test_at_most_a_third_of_parity(self) -> None:
+        this = case(sigmas=ladder(50, 10.0, 2.0).float())
+        reference, quick = this.optimise(parity=True), this.optimise(only_text_differs=True)
+        assert quick.evaluations <= reference.evaluations / 3
+        # On Gaussian data the prompt alone does nearly all, so each early stop shows; Pebble tells what pictures lose.
+        assert quick.latent_psnr >= reference.latent_psnr - 3
+
+    def test_a_batch_costs_its_images(self) -> None:
+        this = case(images=3)
+        found = this.optimise(parity=True, inner_steps=2, early_stop=0.0)
+        assert found.evaluations == 3 * STEPS * (3 + 2) and found.backwards == 3 * STEPS * 2
+
+    def test_steps_between_equal_levels_are_free(self) -> None:
+        sigmas = torch.tensor([5.0, 2.0, 0.5, 0.5])
+        this = case(sigmas=sigmas)
+        found = this.optimise(parity=True, inner_steps=2, early_stop=0.0)
+        assert found.evaluations == 2 * (3 + 2) and found.iterations == [2, 2, 0]
+        assert torch.equal(found.embeddings[2], found.embeddings[1])
+
+    @pytest.mark.parametrize(
+        ("mode", "evaluations", "backwards"),
+        [
+            ("global", STEPS + 3 * STEPS, 3 * STEPS),
+            ("no_pivot", 2 * 3 * STEPS, 3 * STEPS),
+            ("prompt_no_pivot", 2 * 3 * STEPS, 3 * STEPS),
+            ("random_pivot", STEPS * (3 + 3), 3 * STEPS),
+            ("prompt", STEPS * (3 + 3), 3 * STEPS),
+        ],
+    )
+    def test_ablations(self, mode: Any, evaluations: int, backwards: int) -> None:
+        this = case()
+        found = this.optimise(mode=mode, inner_steps=3, early_stop=0.0)
+        assert (found.evaluations, found.backwards) == (evaluations, backwards)
+        assert this.model.backwards == backwards
+
+
+@pytest.mark.parametrize("parity", [True, False])
+def test_images_of_a_batch_are_optimised_as_if_alone(parity: bool) -> None:
+    this = case(images=3)
+    both = this.optimise(parity=parity, early_stop=3e-4)
+    assert len({int((loss < 3e-4).sum()) for loss in both.losses}) > 1  # they stop at different times
+    for b in range(3):
+        single = replace(this, trajectory=replace(this.trajectory, latents=this.trajectory.latents[:, b : b + 1]))
+        alone = single.optimise(parity=parity, early_stop=3e-4)
+        torch.testing.assert_close(both.embeddings[:, b : b + 1], alone.embeddings, rtol=1e-3, atol=1e-4)
+
+
+def test_global_is_one_embedding_and_worse_than_one_per_step() -> None:
+    this = case()
+    one, each = (this.optimise(mode=m, inner_steps=20, early_stop=0.0) for m in ("global", "pivotal"))
+    assert torch.equal(one.embeddings, one.embeddings[:1].expand_as(one.embeddings))
+    assert error(this, this.plain()) > error(this, this.back(one)) > error(this, this.back(each))
+
+
+def test_prompt_modes_change_the_other_embedding() -> None:
+    this = case()
+    found = this.optimise(mode="prompt", inner_steps=60, early_stop=0.0)
+    assert found.replaces == "cond"
+    assert error(this, this.back(found)) < 0.1 * error(this, this.plain())
+
+
+def test_random_pivots_start_at_their_own_noise() -> None:
+    this = case()
+    found, again, other = (this.optimise(mode="random_pivot", inner_steps=1, seed=s) for s in (1, 1, 2))
+    assert torch.equal(found.start, again.start) and torch.equal(found.embeddings, again.embeddings)
+    assert not torch.equal(found.start, other.start)
+    sigma = float(this.trajectory.sigmas[0])
+    noise = torch.randn(this.trajectory.noise.shape, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(found.start, this.trajectory.source + sigma * noise)
+
+
+def test_the_schedule_of_the_reference() -> None:
+    """Rate 0.01 (1 - i / 100), threshold 1e-5 + 2e-5 i, over 50 steps; the default stretches it over any number."""
+
+    def task(steps: int, parity: bool) -> Optimisation:
+        settings, nothing = Settings(10, 1e-2, 1e-5, parity), Mean(torch.zeros(1))
+        levels = [1.0] * (steps + 1)
+        return Optimisation(case().model, nothing, nothing, levels, SCALE, True, settings)
+
+    for i in range(50):
+        for parity in (True, False):
+            assert task(50, parity).rate(i) == pytest.approx(0.01 * (1 - i / 100))
+            assert task(50, parity).threshold(i) == pytest.approx(1e-5 + i * 2e-5)
+    assert task(25, True).rate(24) == pytest.approx(0.0076) and task(25, False).rate(24) == pytest.approx(0.0052)
+    assert replace(task(50, False), settings=Settings(10, 1e-2, 0.0, False)).threshold(40) == 0
+    assert task(25, False).threshold(24) == pytest.approx(task(50, False).threshold(48))
+
+
+def test_stopping_passes_through() -> None:
+    class Stop(BaseException):
+        pass
+
+    this = case()
+
+    def stop(step: int) -> None:
+        raise Stop
+
+    this.model.on_progress = stop
+    with pytest.raises(Stop):
+        this.optimise()
+
+
+def test_progress_and_callback() -> None:
+    this = case()
+    this.model.steps.clear()
+    seen: list[tuple[int, int, int, float, float]] = []
+    found = this.optimise(callback=lambda *facts: seen.append(facts))
+    assert [step for step, *_ in seen] == list(range(1, STEPS + 1)) and {total for _, total, *_ in seen} == {STEPS}
+    assert [iterations for _, _, iterations, *_ in seen] == found.iterations
+    assert seen[-1][4] == pytest.approx(found.latent_psnr)
+    assert this.model.steps[-1] == (STEPS, STEPS)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mode": "null"}, f"one of {', '.join(MODES)}"),
+        ({"inner_steps": 0}, "at least 1"),
+        ({"learning_rate": 0.0}, "above 0"),
+        ({"early_stop": -1.0}, "0 or more"),
+    ],
+)
+def test_settings_that_cannot_be(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(RetraceError, match=words):
+        case().optimise(**options)
+
+
+def test_guidance_without_influence() -> None:
+    this = case()
+    for mode, scale in (("pivotal", 1.0), ("prompt", 0.0)):
+        with pytest.raises(RetraceError, match="no influence"):
+            optimise_null_text(this.model, this.trajectory, this.cond, this.uncond, scale, mode=mode)  # type: ignore[arg-type]
+
+
+def test_trajectories_that_do_not_fit() -> None:
+    this = case()
+    with pytest.raises(TrajectoryMismatch, match="kind 'v'"):
+        replace(this, trajectory=replace(this.trajectory, parametrisation="v")).optimise()
+    long = case(sigmas=ladder(101, 10.0, 2.0).float())
+    with pytest.raises(InvalidSchedule, match="learning rate reaches 0"):
+        long.optimise(parity=True)
+
+
+def test_a_broken_model_is_an_error() -> None:
+    this = case()
+    this.model.std = this.model.std * math.nan
+    with pytest.raises(RetraceError, match="NaN"):
+        this.optimise(inner_steps=1)
