@@ -8,6 +8,7 @@ from .blending import BlendStep, PasteBackground
 from .inversion import DDIMInverter
 from .inversion_files import LoadInversion, SaveInversion
 from .masks import MaskPrecisionBlur
+from .null_text import NullTextOptimizer
 from .pebble import LoadPebble, PebbleScene
 from .report import EditReportNode
 from .schedule import ReferenceSchedule
@@ -18,6 +19,7 @@ NODES: list[type[io.ComfyNode]] = [
     DDIMInverter,
     SaveInversion,
     LoadInversion,
+    NullTextOptimizer,
     ReferenceSchedule,
     BlendStep,
     PasteBackground,

@@ -2,7 +2,7 @@
 // renderers of the frontend draw.
 import { app } from "../../scripts/app.js"
 
-const REPORTING = new Set(["RetraceDDIMInverter", "RetraceEditReport"])
+const REPORTING = new Set(["RetraceDDIMInverter", "RetraceNullTextOptimizer", "RetraceEditReport"])
 
 function addReport(node) {
   const element = document.createElement("pre")

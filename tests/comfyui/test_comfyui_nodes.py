@@ -18,6 +18,7 @@ NODES = {
     "RetraceDDIMInverter": ["LATENT", "RETRACE_TRAJECTORY", "SIGMAS", "STRING"],
     "RetraceSaveInversion": ["STRING"],
     "RetraceLoadInversion": ["LATENT", "RETRACE_TRAJECTORY", "SIGMAS"],
+    "RetraceNullTextOptimizer": ["CONDITIONING", "CONDITIONING", "LATENT", "STRING"],
     "RetraceReferenceSchedule": ["SIGMAS"],
     "RetraceBlendStep": ["MODEL"],
     "RetracePasteBackground": ["IMAGE"],

@@ -1,0 +1,170 @@
+"""Null-text inversion: Null-text Optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..retrace.errors import InvalidFile
+from ..retrace.null_text import MODES
+from ..retrace.trajectory import Trajectory as TrajectoryData
+from ..retrace.validation import describe
+from ._errors import reports_errors
+from ._memory import PeakMemory
+from ._schema import Trajectory, advanced, schema
+
+
+class NullTextOptimizer(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "inversion",
+            node_id="RetraceNullTextOptimizer",
+            display_name="Null-text Optimizer",
+            description="Changes the negative embedding of every step so that sampling at your cfg brings an inverted "
+            "picture back exactly (Null-text Inversion). Run it once; edits with other words then keep the rest of the "
+            "picture.",
+            search_aliases=["null text inversion", "negative prompt inversion", "npi", "nti", "pivotal inversion"],
+            has_intermediate_output=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that inverted the picture."),
+                io.Conditioning.Input("positive", tooltip="The words that the inversion used."),
+                io.Conditioning.Input("negative", tooltip="An empty prompt, as a rule. Its embedding is optimised."),
+                Trajectory.Input("trajectory", tooltip="From 'DDIM Inverter' or 'Load Inversion'. Batches work."),
+                io.Float.Input(
+                    "cfg",
+                    default=7.5,
+                    min=-30.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="The guidance that you will sample with.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=list(MODES),
+                    default="pivotal",
+                    tooltip="pivotal is the method; the others are the paper's ablations.\n"
+                    "global: one embedding for all steps. random_pivot: a random path instead of the inverted one. "
+                    "no_pivot: fresh noise all the time. prompt, prompt_no_pivot: optimise the positive embedding.",
+                ),
+                io.Int.Input(
+                    "inner_steps", default=10, min=1, max=1000, tooltip="Most changes of the embedding per step."
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=0.01,
+                    min=1e-6,
+                    max=1.0,
+                    step=0.001,
+                    round=1e-6,
+                    tooltip="How far one change goes; it falls to half of this over the steps.",
+                ),
+                io.Float.Input(
+                    "early_stop",
+                    default=1e-5,
+                    min=0.0,
+                    max=1.0,
+                    step=1e-6,
+                    round=1e-8,
+                    tooltip="The loss at which the first step is good enough; it grows by 0.001 over the steps. "
+                    "0 never stops early.",
+                    **advanced(),
+                ),
+                io.Boolean.Input(
+                    "parity",
+                    default=False,
+                    tooltip="On: exactly the authors' code. Off: starts from the positive prompt and evaluates less.",
+                    **advanced(),
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="Seed of the noise of random_pivot, no_pivot and prompt_no_pivot.",
+                    **advanced(),
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    "optimised_negative",
+                    display_name="negative",
+                    tooltip="One negative embedding per step; for the same scheduler and steps only.",
+                ),
+                io.Conditioning.Output(
+                    "optimised_positive",
+                    display_name="positive",
+                    tooltip="The positive as it came in; optimised by the prompt modes.",
+                ),
+                io.Latent.Output(
+                    "noise_latent", display_name="LATENT", tooltip="The noise to start from, with no noise added."
+                ),
+                io.String.Output("report", display_name="report", tooltip="How well and how fast it went."),
+            ],
+        )
+
+    @classmethod
+    @reports_errors("Null-text Optimizer")
+    def execute(
+        cls,
+        model: Any,
+        positive: Any,
+        negative: Any,
+        trajectory: Any,
+        cfg: float,
+        mode: str,
+        inner_steps: int,
+        learning_rate: float,
+        early_stop: float,
+        parity: bool,
+        seed: int,
+    ) -> io.NodeOutput:
+        from ..retrace.hosts.comfyui import ComfyHost
+        from ..retrace.hosts.comfyui.null_text import optimise
+
+        if not isinstance(trajectory, TrajectoryData):
+            raise InvalidFile(
+                f"trajectory: got {describe(trajectory)}, but an inversion is needed. Connect a 'DDIM Inverter'."
+            )
+        host = ComfyHost(model)
+        memory = PeakMemory()
+        optimised = optimise(
+            host,
+            trajectory,
+            positive,
+            negative,
+            cfg,
+            mode=mode,
+            parity=parity,
+            inner_steps=inner_steps,
+            learning_rate=learning_rate,
+            early_stop=early_stop,
+            seed=seed,
+            callback=_progress_text(cls.hidden.unique_id if cls.hidden else None),
+        )
+        report = optimised.report(memory.megabytes())
+        return io.NodeOutput(
+            optimised.negative,
+            optimised.positive,
+            {"samples": optimised.noise},
+            report,
+            ui=ui.PreviewText(report),
+        )
+
+
+def _progress_text(node_id: Any) -> Any:
+    """Shows on the node how each step went, while it runs."""
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+
+    def show(step: int, total: int, iterations: int, loss: float, psnr: float) -> None:
+        if server is not None and node_id is not None:
+            text = f"step {step} of {total}: {iterations} changes, loss {loss:.1e}, {psnr:.1f} dB from the path"
+            server.send_progress_text(text, node_id)
+
+    return show
