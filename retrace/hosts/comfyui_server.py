@@ -7,6 +7,7 @@ server gets a temporary base directory with its own ``input``, ``output``, ``use
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import mimetypes
 import os
@@ -19,7 +20,6 @@ import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,52 +35,10 @@ from .comfyui_install import (
     stop_process,
     unlink_pack,
 )
+from .comfyui_progress import NodeProgress, ProgressListener
+from .comfyui_result import RemoteImage, RunResult, refusal, result_of
 
-__all__ = ["ComfyError", "ComfyInstall", "ComfyServer", "RemoteImage", "RunResult", "find_comfyui"]
-
-
-@dataclass
-class RemoteImage:
-    """A picture on the server; fetched when :meth:`read` is called."""
-
-    server: ComfyServer = field(repr=False)
-    node_id: str
-    filename: str
-    subfolder: str
-    type: str
-
-    def read(self) -> bytes:
-        """The file as the server holds it, normally PNG."""
-        query = {"filename": self.filename, "subfolder": self.subfolder, "type": self.type}
-        return self.server.request("GET", "/view?" + urllib.parse.urlencode(query))
-
-    def save(self, path: Path | str) -> Path:
-        path = Path(path)
-        path.write_bytes(self.read())
-        return path
-
-
-@dataclass
-class RunResult:
-    """What came out of a graph.
-
-    ``outputs`` maps node ids to their UI results; ``messages`` are the status messages as ``(event, data)``;
-    ``executed_nodes`` ran this time, ``cached_nodes`` were still known; ``images`` are all pictures saved or previewed.
-    """
-
-    outputs: dict[str, dict[str, Any]]
-    messages: list[tuple[str, dict[str, Any]]]
-    executed_nodes: list[str]
-    cached_nodes: list[str]
-    images: list[RemoteImage]
-    seconds: float
-
-    def images_of(self, node_id: str) -> list[RemoteImage]:
-        return [image for image in self.images if image.node_id == node_id]
-
-    def text_of(self, node_id: str) -> str:
-        """The text that a node shows, for example that of a report."""
-        return "\n".join(str(part) for part in self.outputs.get(node_id, {}).get("text", ()))
+__all__ = ["ComfyError", "ComfyInstall", "ComfyServer", "NodeProgress", "RemoteImage", "RunResult", "find_comfyui"]
 
 
 class ComfyServer:
@@ -177,8 +135,8 @@ class ComfyServer:
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 raise ComfyError(f"ComfyUI {self._who} stopped while it started. Its last lines:\n{self._tail()}")
-            with contextlib.suppress(OSError, ComfyError):
-                self.request("GET", "/system_stats", timeout=2)
+            with contextlib.suppress(OSError, http.client.HTTPException, ComfyError):
+                self._send("GET", "/system_stats", timeout=2)
                 return
             time.sleep(0.2)
         raise ComfyError(
@@ -208,7 +166,31 @@ class ComfyServer:
     def request(
         self, method: str, path: str, body: bytes | None = None, content_type: str = "", timeout: float = 60.0
     ) -> bytes:
-        """One HTTP request to the server; its answer's body. Raises :class:`ComfyError` for answers from 400 on."""
+        """One HTTP request to the server; its answer's body.
+
+        Raises:
+            ComfyError: it answered 400 or above, or not at all; then it is said whether it still runs.
+        """
+        try:
+            return self._send(method, path, body, content_type, timeout)
+        except (OSError, http.client.HTTPException) as error:
+            reason = str(getattr(error, "reason", error)) or type(error).__name__
+            raise ComfyError(
+                f"ComfyUI {self._who} gave no answer to {path.partition('?')[0]} ({reason}): {self._state()}. "
+                f"Its last lines:\n{self._tail()}"
+            ) from error
+
+    def _state(self) -> str:
+        if self._process is None:
+            return "it was stopped"
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a connection breaks shortly before its process is gone
+            self._process.wait(2)
+        status = self._process.poll()
+        return "it still runs" if status is None else f"its process ended with status {status}"
+
+    def _send(
+        self, method: str, path: str, body: bytes | None = None, content_type: str = "", timeout: float = 60.0
+    ) -> bytes:
         headers = {"Content-Type": content_type} if content_type else {}
         request = urllib.request.Request(self.url + path, data=body, headers=headers, method=method)
         try:
@@ -218,10 +200,14 @@ class ComfyServer:
                 content: bytes = answer.read()
                 return content
         except urllib.error.HTTPError as error:
-            raise _refusal(path, error.code, error.read()) from None
+            raise refusal(path, error.code, error.read()) from None
 
     def get_json(self, path: str) -> Any:
-        return json.loads(self.request("GET", path))
+        content = self.request("GET", path)
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            raise ComfyError(f"ComfyUI {self._who} answered {path} with something else than JSON.") from error
 
     def object_info(self) -> dict[str, Any]:
         """All nodes that the server knows, by class name."""
@@ -247,13 +233,28 @@ class ComfyServer:
         *,
         timeout: float = 600.0,
         on_wait: Callable[[float], None] | None = None,
+        on_progress: Callable[[NodeProgress], None] | None = None,
     ) -> RunResult:
-        """Run a graph in API format and wait for it. ``on_wait`` is called now and then with the seconds that passed.
+        """Run a graph in API format and wait for it.
+
+        ``on_wait`` is called now and then with the seconds that passed, ``on_progress`` whenever a node begins or
+        reports a step.
 
         Raises:
             ComfyError: the graph was refused, a node failed (its id, type and message are named), the server ended, or
                 the time is over; the graph is then interrupted.
         """
+        with ProgressListener(self.url, self._client) as listener:
+            return self._run(graph, timeout, on_wait, on_progress, listener)
+
+    def _run(
+        self,
+        graph: dict[str, Any],
+        timeout: float,
+        on_wait: Callable[[float], None] | None,
+        on_progress: Callable[[NodeProgress], None] | None,
+        listener: ProgressListener,
+    ) -> RunResult:
         started = time.monotonic()
         body = json.dumps({"prompt": graph, "client_id": self._client}).encode()
         answer = json.loads(self.request("POST", "/prompt", body, "application/json"))
@@ -262,11 +263,14 @@ class ComfyServer:
             # Some outputs are wrong and ComfyUI would run the others: half a result is no result.
             self.request("POST", "/queue", json.dumps({"delete": [prompt_id]}).encode(), "application/json")
             self.request("POST", "/interrupt", json.dumps({"prompt_id": prompt_id}).encode(), "application/json")
-            raise _refusal("/prompt", 400, json.dumps(answer).encode())
+            raise refusal("/prompt", 400, json.dumps(answer).encode())
         while True:
             entry = self.get_json(f"/history/{prompt_id}").get(prompt_id)
+            for progress in listener.news():
+                if on_progress is not None:
+                    on_progress(progress)
             if entry is not None and entry.get("status") is not None:
-                return self._result(graph, entry, time.monotonic() - started)
+                return result_of(self, graph, entry, time.monotonic() - started)
             if self._process is None or self._process.poll() is not None:
                 raise ComfyError(f"ComfyUI {self._who} ended while the graph ran. Its last lines:\n{self._tail()}")
             if time.monotonic() - started > timeout:
@@ -275,49 +279,3 @@ class ComfyServer:
             if on_wait is not None:
                 on_wait(time.monotonic() - started)
             time.sleep(0.1)
-
-    def _result(self, graph: dict[str, Any], entry: dict[str, Any], seconds: float) -> RunResult:
-        messages = [(str(name), data) for name, data in entry["status"].get("messages", [])]
-        for event, data in messages:
-            if event == "execution_error":
-                raise ComfyError(
-                    f"Node {data['node_id']} ({data['node_type']}) failed with {data['exception_type']}: "
-                    f"{str(data['exception_message']).strip()}",
-                    str(data["node_id"]),
-                    str(data["node_type"]),
-                    str(data["exception_type"]),
-                )
-            if event == "execution_interrupted":
-                raise ComfyError(f"The graph was interrupted at node {data.get('node_id')} ({data.get('node_type')}).")
-        cached = [node for event, data in messages if event == "execution_cached" for node in data.get("nodes", [])]
-        images = [
-            RemoteImage(self, node, image["filename"], image.get("subfolder", ""), image["type"])
-            for node, output in entry["outputs"].items()
-            for image in output.get("images", ())
-            if image
-        ]
-        executed = [node for node in graph if node not in cached]
-        return RunResult(entry["outputs"], messages, executed, cached, images, seconds)
-
-
-def _refusal(path: str, code: int, body: bytes) -> ComfyError:
-    """The error for an HTTP answer ``code``; a refused graph names the first node that is wrong, and lists all."""
-    text = body.decode("utf-8", errors="replace")
-    try:
-        answer = json.loads(text)
-    except ValueError:
-        return ComfyError(f"ComfyUI answered {code} to {path}: {text[:500]}")
-    if not isinstance(answer, dict):
-        return ComfyError(f"ComfyUI answered {code} to {path}: {text[:500]}")
-    error: Any = answer.get("error", "some of its outputs cannot run" if "node_errors" in answer else answer)
-    reason = f"{error.get('message', '')} {error.get('details', '')}".strip() if isinstance(error, dict) else str(error)
-    lines = [
-        f"ComfyUI refused the graph: {reason}" if path == "/prompt" else f"ComfyUI answered {code} to {path}: {reason}"
-    ]
-    nodes: dict[str, dict[str, Any]] = answer.get("node_errors") or {}
-    for node_id, problem in nodes.items():
-        for part in problem.get("errors", ()):
-            lines.append(f"Node {node_id} ({problem.get('class_type')}): {part.get('message')}: {part.get('details')}")
-    first_id = next(iter(nodes), "")
-    first_type = str(nodes[first_id].get("class_type", "")) if nodes else ""
-    return ComfyError("\n".join(lines), first_id, first_type, f"HTTP {code}")

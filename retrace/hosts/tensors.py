@@ -1,4 +1,4 @@
-"""Tensors inside of whatever a method takes or returns: dicts, lists, tuples and dataclasses are rebuilt around them."""
+"""Tensors inside of whatever a method takes or returns: containers and dataclasses are rebuilt around them."""
 
 from __future__ import annotations
 

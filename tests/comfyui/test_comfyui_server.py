@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -11,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from retrace.hosts.comfyui_install import link_pack, unlink_pack
+from retrace.hosts.comfyui_progress import NodeProgress
 from retrace.hosts.comfyui_server import ComfyError, ComfyInstall, ComfyServer, find_comfyui
 
 FAKE = """
-import argparse, http.server, json, pathlib, subprocess, sys
+import argparse, http.server, json, os, pathlib, subprocess, sys
+HISTORY, FRAMES, DIES = {}, [], False
 parser = argparse.ArgumentParser()
 parser.add_argument("--port", type=int)
 parser.add_argument("--base-directory")
@@ -31,8 +34,16 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self):
+        if self.path.startswith("/ws") and FRAMES:
+            head = b"HTTP/1.1 101 Switching Protocols\\r\\nUpgrade: websocket\\r\\n\\r\\n"
+            self.wfile.write(head + b"".join(FRAMES))
+            print("answered", self.rfile.read(10).hex(), flush=True)
+            return
         if self.path.startswith("/history"):
-            return self.reply(200, {})
+            if DIES:
+                print("Segmentation fault", flush=True)
+                os._exit(139)
+            return self.reply(200, HISTORY)
         self.reply(200, {})
 
     def do_POST(self):
@@ -41,7 +52,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
             return self.reply(200, {"prompt_id": "p", "node_errors": {}})
         self.reply(200, {})
 
-http.server.HTTPServer(("127.0.0.1", options.port), Answer).serve_forever()
+http.server.ThreadingHTTPServer(("127.0.0.1", options.port), Answer).serve_forever()
 """
 
 
@@ -134,6 +145,64 @@ def test_a_graph_that_never_ends(fake: ComfyInstall) -> None:
     ):
         server.run({}, timeout=1, on_wait=waited.append)
     assert waited == sorted(waited) and waited
+
+
+def test_a_server_that_dies_while_a_graph_runs(fake: ComfyInstall) -> None:
+    _behave(fake, "DIES = True")
+    with ComfyServer(fake, None) as server, pytest.raises(ComfyError) as caught:
+        server.run({})
+    assert "gave no answer to /history/p" in str(caught.value)
+    assert "its process ended with status 139" in str(caught.value)
+    assert "Segmentation fault" in str(caught.value)
+
+
+def test_a_server_that_is_gone_or_silent(fake: ComfyInstall) -> None:
+    with ComfyServer(fake, None) as server:
+        assert server._process is not None
+        server._process.kill()
+        with pytest.raises(ComfyError, match="gave no answer to /object_info .*its process ended"):
+            server.object_info()
+
+
+DONE = "HISTORY = {'p': {'status': {'messages': []}, 'outputs': {}}}"
+
+
+def _frame(opcode: int, content: bytes, last: bool = True) -> bytes:
+    size = bytes([len(content)]) if len(content) < 126 else b"\x7e" + len(content).to_bytes(2, "big")
+    return bytes([opcode | 128 * last]) + size + content
+
+
+def test_nodes_and_steps_are_reported(fake: ComfyInstall) -> None:
+    def message(kind: str, **data: object) -> bytes:
+        return json.dumps({"type": kind, "data": data}).encode()
+
+    step = message("progress", node="7", value=3, max=50, note="x" * 200)
+    frames = [
+        _frame(1, message("status", status={})),
+        _frame(1, message("executing", node="7")),
+        _frame(2, b"\0" * 300),  # a preview picture
+        _frame(1, step[:20], last=False),
+        _frame(9, b"ping"),  # may come in the middle of a message
+        _frame(0, step[20:]),
+        _frame(1, b"no json"),
+        _frame(1, message("executing", node=None)),
+        _frame(8, b""),
+    ]
+    _behave(fake, f"{DONE}; FRAMES = {frames!r}")
+    seen: list[NodeProgress] = []
+    with ComfyServer(fake, None) as server:
+        server.run({}, on_progress=seen.append)
+        deadline = time.monotonic() + 10
+        while "answered" not in server.log and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert "answered 8a8400000000" + b"ping".hex() in server.log, "the ping had no pong"
+    assert seen == [NodeProgress("7"), NodeProgress("7", 3, 50)]
+
+
+def test_without_a_websocket_the_graph_runs_as_well(fake: ComfyInstall) -> None:
+    _behave(fake, DONE)
+    with ComfyServer(fake, None) as server:
+        assert server.run({}, on_progress=lambda _: None).images == []
 
 
 def test_outside_the_block_it_says_so(fake: ComfyInstall) -> None:
