@@ -14,7 +14,7 @@ from .data import ScenePool
 from .stage import Stage, best_device
 
 # How the time is shared; the UNet has the most to learn.
-SHARES = {"vae": 0.27, "clip": 0.09, "unet": 0.64}
+SHARES = {"vae": 0.25, "clip": 0.085, "unet": 0.665}
 
 
 def round_to_half(model: torch.nn.Module) -> torch.nn.Module:
