@@ -37,8 +37,8 @@ def loss_weights(signal: Tensor) -> Tensor:
     """Weight of every timestep ``[1000]`` for ``signal`` = alphas_cumprod, mean 1.
 
     The plain noise loss hardly notices layout, shape and ground, which are decided where there is little signal: words
-    for the ground matter only at the highest tenth of the levels. Weighting by 1 / signal (up to 50) makes it the loss of
-    v-prediction (Salimans & Ho 2022), which does.
+    for the ground matter only at the highest tenth of the levels. Weighted by 1 / signal (up to 50) it is the loss of
+    v-prediction (Salimans & Ho 2022), which does notice.
     """
     weights = (1 / signal).clamp(max=50)
     return weights / weights.mean()
