@@ -19,7 +19,7 @@ from torch import Tensor
 from .edit import EditSettings
 from .errors import InvalidFile
 from .hosts.comfyui_install import ComfyError, ComfyInstall
-from .hosts.comfyui_server import ComfyServer, RunResult
+from .hosts.comfyui_server import ComfyServer, NodeProgress, RunResult
 from .picture_files import to_picture
 
 GRAPH = Path(__file__).resolve().parents[1] / "workflows" / "api" / "invert_and_blend.json"
@@ -94,7 +94,7 @@ def example(graph: Graph) -> Example:
     )
     prompt = graph[sampler["positive"][0]]["inputs"]["text"]
     return Example(
-        scene["index"], scene["objects"], scene["margin"], mask["level"], mask["levels"], prompt, settings
+        scene["index"], scene["objects"], scene.get("margin", 0), mask["level"], mask["levels"], prompt, settings
     )
 
 
@@ -121,30 +121,28 @@ def adapted(graph: Graph, settings: EditSettings, prompt: str, own: tuple[str, s
     pasted["feather"] = settings.feather
     graph["unpasted"] = {"class_type": "PreviewImage", "inputs": {"images": pasted["edited"]}}
     graph[sampling["positive"][0]]["inputs"]["text"] = prompt
-    advanced = {k: v for k, v in sampling.items() if k not in ("seed", "denoise")} | {
-        "end_at_step": 10_000,
-        "return_with_leftover_noise": "disable",
-    }
-    first = settings.first_step
+    graph["sampler"] = {"class_type": "KSamplerSelect", "inputs": {"sampler_name": sampling["sampler_name"]}}
+    walked = {"sampler": ["sampler", 0], "sigmas": [inverter, 2]}
     if settings.strength < 1:
-        # KSampler's denoise would spread the steps over the lower levels; this skips steps of the same grid, and the
-        # inversion goes up only as far.
-        start = {"add_noise": "enable", "noise_seed": settings.seed, "start_at_step": first}
-        graph[sampler] |= {"class_type": "KSamplerAdvanced", "inputs": advanced | start}
+        # KSampler's denoise would spread the steps over the lower levels; here both walk the last steps of one grid.
+        skipped = settings.steps - settings.walked_steps
         levels = {"model": inversion["model"], "scheduler": settings.scheduler, "steps": settings.steps, "denoise": 1.0}
         graph["all levels"] = {"class_type": "BasicScheduler", "inputs": levels}
-        graph["levels"] = {"class_type": "SplitSigmas", "inputs": {"sigmas": ["all levels", 0], "step": first}}
+        graph["levels"] = {"class_type": "SplitSigmas", "inputs": {"sigmas": ["all levels", 0], "step": skipped}}
         inversion["sigmas"] = ["levels", 1]
+        kept = {name: sampling[name] for name in ("model", "positive", "negative", "latent_image", "cfg")}
+        start = {"add_noise": True, "noise_seed": settings.seed}
+        graph[sampler] |= {"class_type": "SamplerCustom", "inputs": kept | start | walked}
     back = {
         "model": inversion["model"],
         "positive": inversion["positive"],
+        "negative": inversion["positive"],  # at cfg 1 nobody asks for it
         "latent_image": [inverter, 0],
         "cfg": 1.0,
-        "add_noise": "disable",
+        "add_noise": False,
         "noise_seed": 0,
-        "start_at_step": first,
     }
-    graph["reconstruction latent"] = {"class_type": "KSamplerAdvanced", "inputs": advanced | back}
+    graph["reconstruction latent"] = {"class_type": "SamplerCustom", "inputs": back | walked}
     graph["reconstruction picture"] = {
         "class_type": "VAEDecode",
         "inputs": {"samples": ["reconstruction latent", 0], "vae": inversion["vae"]},
@@ -170,16 +168,22 @@ def run_in_comfyui(
     prompt: str,
     own: tuple[Tensor, Tensor, str] | None = None,
     on_wait: Callable[[float], None] | None = None,
-    gpu: bool = False,
+    on_progress: Callable[[str, int, int], None] | None = None,
+    device: str = "cpu",
 ) -> ComfyResult:
     """Run the example graph in ``install``, on its own scene or on a picture ``[H, W, 3]``, mask ``[H, W]`` and words.
+
+    ``on_progress`` is called with the title of the node that works, its step and its number of steps (0 of 0 as it
+    begins). ``device`` is ``cpu``, or a graphics card: ``cuda``, ``cuda:1``, ``mps``; which ComfyUI then finds itself.
 
     Raises:
         ComfyError: that ComfyUI does not start, refuses the graph, or a node fails.
         InvalidFile: the graph is damaged.
     """
     graph = load_graph()
-    with ComfyServer(install, gpu=gpu) as server:
+    kind, _, number = device.partition(":")
+    card = ["--cuda-device", number] if kind == "cuda" and number else []
+    with ComfyServer(install, gpu=kind != "cpu", arguments=card) as server:
         names = None
         if own is not None:
             with tempfile.TemporaryDirectory() as folder:
@@ -189,7 +193,12 @@ def run_in_comfyui(
                     uploaded.append(server.upload_image(Path(folder) / name))
             names = (uploaded[0], uploaded[1], own[2])
         graph = adapted(graph, settings, prompt, names)
-        result = server.run(graph, on_wait=on_wait, timeout=3600)
+
+        def progress(news: NodeProgress) -> None:
+            if on_progress is not None and news.node_id in graph:
+                on_progress(_title(graph[news.node_id]), news.value, news.maximum)
+
+        result = server.run(graph, on_wait=on_wait, on_progress=progress, timeout=3600)
         shown = {graph[name]["inputs"]["images"][0]: name for name, node in graph.items() if _shows_images(node)}
         paste, pasted = _node(graph, "RetracePasteBackground")
         reports = {node["class_type"]: result.text_of(name) for name, node in graph.items() if result.text_of(name)}
@@ -201,6 +210,10 @@ def run_in_comfyui(
             reports=reports,
             seconds=result.seconds,
         )
+
+
+def _title(node: dict[str, Any]) -> str:
+    return str(node.get("_meta", {}).get("title") or node["class_type"])
 
 
 def _shows_images(node: dict[str, Any]) -> bool:

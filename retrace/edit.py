@@ -58,9 +58,13 @@ class EditSettings:
             )
 
     @property
-    def first_step(self) -> int:
-        """The step at which the edit begins, where noise level ``strength`` stands; 0 at strength 1."""
-        return self.steps - max(1, round(self.strength * self.steps))
+    def walked_steps(self) -> int:
+        """How many of the ``steps`` are walked, up and down: the last ``round(strength * steps)``, at least one."""
+        return max(1, round(self.strength * self.steps))
+
+    def walked(self, sigmas: Tensor) -> Tensor:
+        """The levels of the schedule ``sigmas`` that are walked; all of them at strength 1."""
+        return sigmas if self.strength == 1 else sigmas[-self.walked_steps - 1 :]
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ def edit_image(
     image = check_image("image", image).float().cpu()
     mask = check_mask("mask", mask, size=(image.shape[1], image.shape[2])).float().cpu()
     mask = match_batch(mask, image.shape[0], "mask")
-    sigmas = host.sigmas(settings.scheduler, settings.steps)[settings.first_step :]
+    sigmas = settings.walked(host.sigmas(settings.scheduler, settings.steps))
     latent = host.encode_image(image).cpu()
     for name, words in (("source_prompt", source_prompt), ("prompt", prompt)):
         if not isinstance(words, str) and len(words) != len(image):

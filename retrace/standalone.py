@@ -6,8 +6,9 @@ import argparse
 import io
 import json
 import os
+import re
+import shutil
 import sys
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from torch import Tensor
 from .contact_sheet import contact_sheet, edit_panels
 from .demo_graph import example, load_graph, run_in_comfyui
 from .edit import EditSettings, edit_image
-from .errors import InvalidImage, RetraceError
+from .errors import InvalidImage, RetraceError, is_out_of_memory
 from .hosts.comfyui_install import ComfyError, find_comfyui
 from .masks import mask_precision
 from .metrics import edit_report
 from .paste import paste_background
 from .pebble import scenes
 from .picture_files import read_image, read_mask, to_picture, write_whole
+from .terminal import Terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 PEBBLE_SIZE = 128
@@ -69,7 +71,9 @@ def main(options: argparse.Namespace) -> int:
     except (RetraceError, ComfyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (torch.OutOfMemoryError, MemoryError):
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         print(
             "error: There was not enough memory for this picture and model. Work at a smaller size (--size 384), or on "
             "the processor (--device cpu).",
@@ -135,13 +139,13 @@ def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(mask[:, None], size=size, mode="bilinear", antialias=True)[:, 0].clamp(0, 1)
 
 
-def _pasted(edited: Tensor, job: Job, size: tuple[int, int]) -> Tensor:
-    """An edit made at ``size`` in the full picture: there only the inside of the mask is new."""
+def _pasted(edited: Tensor, unpasted: Tensor, job: Job, size: tuple[int, int]) -> Tensor:
+    """An edit made at ``size`` in the full picture, feathered once: there only the inside of the mask is new."""
     full = (job.image.shape[1], job.image.shape[2])
     if size == full:
         return edited
     feather = job.settings.feather * max(full) / max(size)
-    return paste_background(resize(edited, full), job.image, job.mask, feather)
+    return paste_background(resize(unpasted, full), job.image, job.mask, feather)
 
 
 def through_diffusers(options: argparse.Namespace, job: Job) -> Outcome:
@@ -151,13 +155,19 @@ def through_diffusers(options: argparse.Namespace, job: Job) -> Outcome:
     """
     from .hosts.diffusers import DiffusersHost
 
-    print("Loading the model ...", flush=True)
-    host = DiffusersHost.load(options.model, device=_device(options.device), progress=_show_steps)
-    print(f"Editing with diffusers: {host.name} on {host.device}.", flush=True)
+    terminal = Terminal()
+    terminal.say("Loading the model ...")
+    host = DiffusersHost.load(options.model, device=_device(options.device), progress=terminal.steps)
+    terminal.say(f"Editing with diffusers: {host.name} on {host.device}.")
+    if options.device is None and _unused_card(host.device):
+        terminal.say(
+            "This computer has an NVIDIA card, but the torch in .venv was built without CUDA. To use the card, install "
+            "a CUDA wheel there: https://pytorch.org/get-started/locally/"
+        )
     full = (job.image.shape[1], job.image.shape[2])
     size = working_size(*full, options.size or host.native_size, host.downscale)
     image, mask = resize(job.image, size), resize_mask(job.mask, size)
-    result = edit_image(host, image, mask, job.source_prompt, job.prompt, job.settings, on_stage=_show_stage)
+    result = edit_image(host, image, mask, job.source_prompt, job.prompt, job.settings, on_stage=terminal.stage)
     report = {
         "model": str(options.model) if options.model else "Pebble",
         "fingerprint": host.fingerprint(),
@@ -165,7 +175,7 @@ def through_diffusers(options: argparse.Namespace, job: Job) -> Outcome:
         "working_size": {"width": size[1], "height": size[0]},
         "at_working_size": result.report(),
     }
-    edited = _pasted(result.edited, job, size)
+    edited = _pasted(result.edited, result.unpasted, job, size)
     return Outcome("diffusers", job.image, resize(result.reconstruction, full), edited, report)
 
 
@@ -173,35 +183,40 @@ def through_comfyui(options: argparse.Namespace, job: Job) -> Outcome | None:
     """The same edit in a ComfyUI, or None when diffusers shall make it; says which, and why."""
     if options.host == "diffusers":
         return None
+    terminal = Terminal()
     if options.model is not None:
         if options.host == "comfyui":
             raise ComfyError("--model is run by diffusers; the ComfyUI graph runs Pebble. Leave out one of the two.")
-        print("A model file was given, so diffusers runs it.", flush=True)
+        terminal.say("A model file was given, so diffusers runs it.")
         return None
     install = find_comfyui()
     if install is None:
         if options.host == "comfyui":
             raise ComfyError("No ComfyUI was found. Set COMFYUI_PATH to the folder that holds its main.py.")
-        print("No ComfyUI was found (COMFYUI_PATH, custom_nodes, ~/ComfyUI), so diffusers makes the edit.", flush=True)
+        terminal.say("No ComfyUI was found (COMFYUI_PATH, custom_nodes, ~/ComfyUI), so diffusers makes the edit.")
         return None
     version = f"ComfyUI {install.version}".strip()
-    print(f"Editing through {version} in {install.path}: the example graph, on Pebble.", flush=True)
+    device = _comfyui_device(options.device)
+    where = (
+        f"the graphics card ({device})" if device != "cpu" else "the CPU (--device cuda or mps: on the graphics card)"
+    )
+    terminal.say(f"Editing through {version} in {install.path}: the example graph with Pebble, on {where}.")
     full = (job.image.shape[1], job.image.shape[2])
     size = working_size(*full, options.size or PEBBLE_SIZE, 8) if job.own else full
     own = (resize(job.image, size)[0], resize_mask(job.mask, size)[0], job.source_prompt) if job.own else None
-    _show_stage("comfyui")
     try:
-        result = run_in_comfyui(install, job.settings, job.prompt, own, on_wait=_show_wait)
+        result = run_in_comfyui(install, job.settings, job.prompt, own, terminal.wait, terminal.node, device)
     except ComfyError as error:
         if options.host == "comfyui":
             raise
-        print(f"\nThat ComfyUI could not do it: {str(error).strip().splitlines()[0]}", flush=True)
-        print("So diffusers makes the edit. (--host comfyui stops here instead.)", flush=True)
+        terminal.say(f"That ComfyUI could not do it: {str(error).strip().splitlines()[0]}")
+        terminal.say("So diffusers makes the edit. (--host comfyui stops here instead.)")
         return None
-    print(f"\r  done in {result.seconds:.1f} s" + " " * 20, flush=True)
+    terminal.say(f"  done in {result.seconds:.1f} s")
     report = {
         "comfyui": install.version,
         "model": "Pebble",
+        "device": device,
         "working_size": {"width": size[1], "height": size[0]},
         "settings": asdict(job.settings),
         "seconds": round(result.seconds, 2),
@@ -209,7 +224,7 @@ def through_comfyui(options: argparse.Namespace, job: Job) -> Outcome | None:
     }
     source = job.image if job.own else result.source
     reconstruction = resize(result.reconstruction, full)
-    return Outcome(version, source, reconstruction, _pasted(result.edited, job, size), report)
+    return Outcome(version, source, reconstruction, _pasted(result.edited, result.unpasted, job, size), report)
 
 
 def finish(job: Job, outcome: Outcome) -> None:
@@ -256,23 +271,14 @@ def _device(name: str | None) -> torch.device | None:
     return device
 
 
-_NAMES = {"invert": "Inverting", "reconstruct": "Reconstructing", "edit": "Editing"}
-_stage: dict[str, Any] = {"name": "", "begun": 0.0}
+def _unused_card(device: torch.device) -> bool:
+    return device.type == "cpu" and torch.version.cuda is None and shutil.which("nvidia-smi") is not None
 
 
-def _show_stage(name: str) -> None:
-    _stage.update(name=_NAMES.get(name, name), begun=time.perf_counter())
-
-
-def _show_wait(seconds: float) -> None:
-    if sys.stdout.isatty():
-        print(f"\r  running ... {seconds:5.1f} s", end="", flush=True)
-
-
-def _show_steps(step: int, total: int, _: Tensor | None) -> None:
-    """One line that is rewritten on a terminal; elsewhere only the end of a stage is printed."""
-    line = f"  {_stage['name']:<15}{step:>4} of {total}   {time.perf_counter() - _stage['begun']:5.1f} s"
-    if sys.stdout.isatty():
-        print(f"\r{line}", end="\n" if step == total else "", flush=True)
-    elif step == total:
-        print(line, flush=True)
+def _comfyui_device(name: str | None) -> str:
+    """What --device means to a ComfyUI, which brings a torch of its own: the processor unless a card is named."""
+    if name is None:
+        return "cpu"
+    if re.fullmatch(r"cpu|mps|cuda(:\d+)?", name) is None:
+        raise RetraceError(f"--device: got '{name}', but a ComfyUI is started with cpu, mps, cuda or cuda:<number>.")
+    return name

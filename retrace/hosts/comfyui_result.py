@@ -67,7 +67,7 @@ def result_of(server: Server, graph: dict[str, Any], entry: dict[str, Any], seco
     for event, data in messages:
         if event == "execution_error":
             raise ComfyError(
-                f"Node {data['node_id']} ({data['node_type']}) failed with {data['exception_type']}: "
+                f"Node {data['node_id']} ({data['node_type']}) failed with {str(data['exception_type']).rpartition('.')[2]}: "
                 f"{str(data['exception_message']).strip()}",
                 str(data["node_id"]),
                 str(data["node_type"]),

@@ -11,6 +11,7 @@ from installs import install_or_skip
 from PIL import Image
 
 from retrace.errors import RetraceError
+from retrace.hosts.comfyui_server import ComfyServer
 from retrace.standalone import main
 
 
@@ -45,6 +46,39 @@ def test_the_demo_is_the_same_edit_in_both_hosts(
         one, other = (picture(tmp_path / host, name) for host in ("comfyui", "diffusers"))
         # One level apart because ComfyUI cuts off what the other rounds when it goes to 8 bits.
         assert abs(one - other).max() <= 2, name
+
+
+def test_with_little_strength_the_demo_is_the_same_edit_too(
+    pebble: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Six steps are no divisor of 1000: the schedule then has seven, and both hosts count from its end."""
+    pytest.importorskip("diffusers")
+    for host in ("comfyui", "diffusers"):
+        demo(monkeypatch, tmp_path / host, "--host", host, "--steps", "6", "--strength", "0.5", "--seed", "7")
+        if host == "comfyui":
+            lines = capsys.readouterr().out.splitlines()
+            assert "  DDIM Inverter ..." in lines, "no line for the node that works"
+    for name in ("reconstruction", "edit"):
+        one, other = (picture(tmp_path / host, name) for host in ("comfyui", "diffusers"))
+        assert abs(one - other).max() <= 2, name
+
+
+def test_a_comfyui_that_dies_hands_over_to_diffusers(
+    pebble: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("diffusers")
+    run = ComfyServer.run
+
+    def shot(server: ComfyServer, *args: object, **more: object) -> object:
+        assert server._process is not None
+        server._process.kill()
+        return run(server, *args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ComfyServer, "run", shot)
+    assert demo(monkeypatch, tmp_path / "out")["host"] == "diffusers"
+    out = capsys.readouterr().out
+    assert "That ComfyUI could not do it: ComfyUI" in out and "its process ended with status" in out
+    assert "So diffusers makes the edit." in out
 
 
 def test_an_own_picture_keeps_its_size_and_its_background(

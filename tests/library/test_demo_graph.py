@@ -48,21 +48,22 @@ def test_settings_and_words_reach_every_node_that_has_them(graph: Graph) -> None
 
 def test_the_reconstruction_comes_back_without_guidance_or_new_noise(graph: Graph) -> None:
     changed = adapted(graph, EditSettings(steps=7), "x")
-    back = changed["reconstruction latent"]["inputs"]
-    assert (back["add_noise"], back["cfg"], back["steps"], back["start_at_step"]) == ("disable", 1.0, 7, 0)
-    assert back["positive"] == only(changed, "RetraceDDIMInverter")["positive"]
+    back, inverter = changed["reconstruction latent"]["inputs"], only(changed, "RetraceDDIMInverter")
+    assert (back["add_noise"], back["cfg"]) == (False, 1.0)
+    assert back["positive"] == inverter["positive"]
+    assert changed[back["sigmas"][0]]["inputs"] is inverter and back["sigmas"][1] == 2
+    assert only(changed, "KSamplerSelect") == {"sampler_name": "euler"}
 
 
-def test_strength_skips_steps_of_the_same_grid(graph: Graph) -> None:
-    changed = adapted(graph, EditSettings(steps=50, strength=0.7), "x")
-    starts = {
-        n["inputs"]["start_at_step"]: n["inputs"] for n in changed.values() if n["class_type"] == "KSamplerAdvanced"
-    }
-    assert set(starts) == {15}
-    advanced = [n["inputs"] for n in changed.values() if n["class_type"] == "KSamplerAdvanced"]
-    assert sorted(n["add_noise"] for n in advanced) == ["disable", "enable"]
-    assert not any("denoise" in n for n in advanced)
+def test_little_strength_walks_the_last_steps_of_the_same_grid(graph: Graph) -> None:
+    changed = adapted(graph, EditSettings(steps=50, strength=0.7, seed=4), "x")
     assert not any(n["class_type"] == "KSampler" for n in changed.values())
+    edit, back = sorted(
+        (n["inputs"] for n in changed.values() if n["class_type"] == "SamplerCustom"), key=lambda n: -n["add_noise"]
+    )
+    assert (edit["add_noise"], edit["noise_seed"], edit["cfg"]) == (True, 4, 5.0)
+    assert edit["sigmas"] == back["sigmas"]
+    assert links(changed) <= set(changed)
 
 
 def test_with_little_strength_the_inversion_goes_up_only_as_far(graph: Graph) -> None:

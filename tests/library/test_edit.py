@@ -171,6 +171,7 @@ def test_little_strength_stays_close_to_the_source(image: Tensor, mask: Tensor) 
     """The last quarter of the steps starts from little noise, and inversion goes up only as far."""
     full, little = edit(image, mask, strength=1.0), edit(image, mask, strength=0.25)
     assert little.trajectory.steps == 3
+    assert torch.equal(little.trajectory.sigmas, full.trajectory.sigmas[-4:])
     inside = mask > 0
     assert float(little.edited[inside].mean()) < float(full.edited[inside].mean()) - 0.1
 
@@ -206,6 +207,14 @@ def test_feathering_stays_inside_the_mask(image: Tensor, mask: Tensor) -> None:
     hard, soft = edit(image, mask).edited, edit(image, mask, feather=4.0).edited
     assert torch.equal(soft[mask == 0], image[mask == 0])
     assert float((soft - image).abs()[:, 8, 24].max()) < float((hard - image).abs()[:, 8, 24].max())
+
+
+@pytest.mark.parametrize(("strength", "walked"), [(1.0, 8), (0.5, 3), (0.999, 6), (0.01, 1)])
+def test_strength_counts_from_the_end(strength: float, walked: int) -> None:
+    """A scheduler may have more steps than asked for, as ddim_uniform; ComfyUI drops the first ones then."""
+    sigmas = torch.arange(9.0).flip(0)
+    kept = EditSettings(steps=6, strength=strength).walked(sigmas)
+    assert torch.equal(kept, sigmas[-walked - 1 :])
 
 
 @pytest.mark.parametrize(
