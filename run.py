@@ -58,7 +58,9 @@ def arguments() -> argparse.ArgumentParser:
         )
         command.add_argument("--output", type=Path, help="folder for the results (default: output/<name>)")
         command.add_argument("--size", type=int, help="longest side the model works at (default: the model's own)")
-        command.add_argument("--device", help="cuda, mps or cpu (default: the fastest there is)")
+        command.add_argument(
+            "--device", help="cuda, mps or cpu (default: the fastest there is; a ComfyUI is started on the CPU)"
+        )
     demo.add_argument(
         "--host", choices=("auto", "comfyui", "diffusers"), default="auto", help="default: a ComfyUI where one is found"
     )
@@ -162,7 +164,9 @@ def main(argv: list[str]) -> int:
     try:
         if not inside():
             make_environment(options.command)
-            return subprocess.call([str(venv_python()), str(ROOT / "run.py"), *argv])
+            # Windows would read and print in the language of the system, which has no room for other ones.
+            environment = {"PYTHONUTF8": "1", **os.environ}
+            return subprocess.call([str(venv_python()), str(ROOT / "run.py"), *argv], env=environment)
         if options.command == "test":
             return run_tests(options.pytest)
         sys.path.insert(0, str(ROOT))

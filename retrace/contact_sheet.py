@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
+from .fonts import Font, drawable, font_for
 from .metrics import PSNR_CAP, EditReport, RegionScores
 from .picture_files import to_picture
 
@@ -73,8 +74,9 @@ def contact_sheet(panels: Sequence[Panel], heading: str) -> Image.Image:
     # Small pictures are enlarged by whole factors, which keeps their pixels square; large ones are reduced.
     scale = max(1, _SMALLEST // longest) if longest < _LARGEST else _LARGEST / longest
     cell, tall = max(_SMALLEST, round(width * scale)), round(height * scale)
-    title, text = ImageFont.load_default(18), ImageFont.load_default(14)
-    texts = [[part for line in panel.lines for part in _wrapped(line, text, cell)] for panel in panels]
+    words = " ".join([heading, *(line for panel in panels for line in panel.lines)])
+    title, text = font_for("".join(panel.title for panel in panels), 18), font_for(words, 14)
+    texts = [[part for line in panel.lines for part in _wrapped(drawable(line, text), text, cell)] for panel in panels]
     top, step = _MARGIN + 34, 20
     below = top + 28 + tall + 8
     size = (
@@ -83,7 +85,7 @@ def contact_sheet(panels: Sequence[Panel], heading: str) -> Image.Image:
     )
     sheet = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((_MARGIN, _MARGIN), heading, _FAINT, text)
+    draw.text((_MARGIN, _MARGIN), drawable(heading, text), _FAINT, text)
     for number, (panel, lines) in enumerate(zip(panels, texts, strict=True)):
         left = _MARGIN + number * (cell + _MARGIN)
         draw.text((left, top), panel.title, _INK, title)
@@ -95,12 +97,17 @@ def contact_sheet(panels: Sequence[Panel], heading: str) -> Image.Image:
     return sheet
 
 
-def _wrapped(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+def _wrapped(line: str, font: Font, width: int) -> list[str]:
+    """Rows of at most ``width`` pixels, broken at spaces, and inside words that alone are longer (Chinese has none)."""
     rows = [""]
     for word in line.split(" "):
         longer = f"{rows[-1]} {word}".strip()
-        if font.getlength(longer) > width and rows[-1]:
-            rows.append(word)
-        else:
+        if font.getlength(longer) <= width:
             rows[-1] = longer
+            continue
+        rows += [""] if rows[-1] else []
+        for letter in word:
+            if rows[-1] and font.getlength(rows[-1] + letter) > width:
+                rows.append("")
+            rows[-1] += letter
     return rows

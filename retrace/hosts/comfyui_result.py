@@ -66,8 +66,9 @@ def result_of(server: Server, graph: dict[str, Any], entry: dict[str, Any], seco
     messages = [(str(name), data) for name, data in entry["status"].get("messages", [])]
     for event, data in messages:
         if event == "execution_error":
+            kind = str(data["exception_type"]).rpartition(".")[2]
             raise ComfyError(
-                f"Node {data['node_id']} ({data['node_type']}) failed with {str(data['exception_type']).rpartition('.')[2]}: "
+                f"Node {data['node_id']} ({data['node_type']}) failed with {kind}: "
                 f"{str(data['exception_message']).strip()}",
                 str(data["node_id"]),
                 str(data["node_type"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,11 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 
+from retrace.contact_sheet import _wrapped
 from retrace.errors import InvalidFile, InvalidImage
+from retrace.fonts import drawable, font_for, missing
+from retrace.paste import paste_background
 from retrace.picture_files import read_image, read_mask, to_picture, write_whole
 from retrace.standalone import example_job, working_size
+from retrace.terminal import Terminal
 
 ROOT = Path(__file__).parents[2]
 
@@ -110,11 +115,13 @@ def test_a_failed_installation_is_not_remembered(run: Any, monkeypatch: pytest.M
 
 def test_the_command_is_passed_on_with_its_arguments(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[list[str]] = []
+    environments: list[dict[str, str]] = []
     monkeypatch.setattr(run, "inside", lambda: False)
     monkeypatch.setattr(run, "make_environment", lambda command: None)
-    monkeypatch.setattr(run.subprocess, "call", lambda command, **_: calls.append(command) or 7)
+    monkeypatch.setattr(run.subprocess, "call", lambda c, env: calls.append(c) or environments.append(env) or 7)
     assert run.main(["test", "-k", "mask", "--help"]) == 7
     assert calls[0][-4:] == ["test", "-k", "mask", "--help"]
+    assert environments[0]["PYTHONUTF8"] == "1" and environments[0].keys() >= os.environ.keys()
 
 
 @pytest.mark.parametrize(("statuses", "expected"), [((0, 0, 0, 0), 0), ((0, 0, 1, 0), 1), ((0, 0, 0, 5), 5)])
@@ -181,6 +188,126 @@ def test_bad_settings_are_one_line_and_2(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_running_out_of_memory_is_one_line_and_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
+
+    monkeypatch.setattr("retrace.standalone.through_diffusers", fail)
+    assert standalone("demo", "--host", "diffusers", "--output", str(tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: There was not enough memory") and error.count("\n") == 1
+    with pytest.raises(RuntimeError, match="a bug"):  # anything else is not hidden
+        monkeypatch.setattr(
+            "retrace.standalone.through_diffusers", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug"))
+        )
+        standalone("demo", "--host", "diffusers", "--output", str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("option", "device", "said"),
+    [([], "cpu", "on the CPU (--device"), (["--device", "cuda:1"], "cuda:1", "on the graphics card (cuda:1)")],
+)
+def test_a_comfyui_gets_the_device_and_it_is_said(
+    option: list[str], device: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from retrace.hosts.comfyui_install import ComfyError, ComfyInstall
+
+    seen: list[str] = []
+
+    def run(*arguments: Any) -> None:
+        seen.append(arguments[-1])
+        raise ComfyError("stop here")
+
+    install = ComfyInstall(Path("there"), Path("python"), "1.2.3")
+    monkeypatch.setattr("retrace.standalone.find_comfyui", lambda: install)
+    monkeypatch.setattr("retrace.standalone.run_in_comfyui", run)
+    assert standalone("demo", "--host", "comfyui", *option) == 2
+    assert seen == [device]
+    assert said in capsys.readouterr().out
+    assert standalone("demo", "--host", "comfyui", "--device", "vulkan") == 2
+    assert "'vulkan'" in capsys.readouterr().err
+
+
+def test_an_nvidia_card_that_torch_cannot_use_is_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:
+    from retrace.standalone import _unused_card
+
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert _unused_card(torch.device("cpu")) and not _unused_card(torch.device("mps"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert not _unused_card(torch.device("cpu"))
+
+
+def test_another_size_is_pasted_and_feathered_once() -> None:
+    from retrace.edit import EditSettings
+    from retrace.standalone import Job, _pasted
+
+    mask = torch.zeros(1, 64, 64)
+    mask[:, 16:48, 16:48] = 1
+    job = Job(torch.zeros(1, 64, 64, 3), mask, "", "", EditSettings(feather=3.0), Path("unused"))
+    painted = torch.ones(1, 32, 32, 3)  # what the model drew; the pasted one is nothing but black here
+    pasted = _pasted(torch.zeros(1, 32, 32, 3), painted, job, (32, 32))
+    assert torch.equal(pasted, paste_background(torch.ones(1, 64, 64, 3), job.image, mask, 6.0))
+
+
+# -- what the user sees
+
+
+def test_progress_in_a_pipe_is_whole_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal()
+    terminal.stage("invert")
+    for step in (1, 2):
+        terminal.steps(step, 2)
+    for news in (("DDIM Inverter", 0, 0), ("DDIM Inverter", 1, 5), ("KSampler", 0, 0)):
+        terminal.node(*news)
+        terminal.wait(1.0)
+    out = capsys.readouterr().out
+    assert "\r" not in out
+    lines = out.splitlines()
+    assert len(lines) == 3 and "Inverting" in lines[0] and "2 of 2" in lines[0]
+    assert lines[1:] == ["  DDIM Inverter ...", "  KSampler ..."]
+
+
+def test_progress_on_a_terminal_rewrites_its_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    terminal = Terminal()
+    for news in (("DDIM Inverter", 0, 0), ("DDIM Inverter", 3, 5), ("KSampler", 0, 0)):
+        terminal.node(*news)
+    terminal.say("done")
+    out = capsys.readouterr().out
+    assert out.count("\n") == 3 and "3 of 5" in out.split("\n")[0] and out.endswith("\ndone\n")
+
+
+def test_letters_that_no_font_has_become_question_marks() -> None:
+    own = ImageFont.load_default(14)
+    assert drawable("a red circle, “a star”", own) == "a red circle, “a star”"
+    assert drawable("빨간 원 a", own) == "?? ? a"
+    assert missing("\U0010fffe", own) == {"\U0010fffe"}
+
+
+def test_a_font_of_the_system_is_used_where_it_has_the_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        wide = ImageFont.truetype("DejaVuSans.ttf", 14)
+    except OSError:
+        pytest.skip("no DejaVu Sans here")
+    text = "κόκκινος κύκλος ⚙"
+    assert missing(text, ImageFont.load_default(14)) and not missing(text, wide)
+    monkeypatch.setattr("retrace.fonts._WIDE", ("no such font.ttf", "DejaVuSans.ttf"))
+    assert font_for(text, 14).getname() == wide.getname()  # type: ignore[union-attr]
+    assert font_for("a red circle", 14).getname() == ImageFont.load_default(14).getname()  # type: ignore[union-attr]
+
+
+def test_long_words_are_broken() -> None:
+    font = ImageFont.load_default(14)
+    rows = _wrapped("a " + "x" * 100 + " b", font, 200)
+    assert "".join(rows).replace(" ", "") == "a" + "x" * 100 + "b"
+    assert all(font.getlength(row) <= 200 for row in rows) and len(rows) > 3
 
 
 # -- pictures and the example
