@@ -130,7 +130,7 @@ class DDIMInverter(io.ComfyNode):
         return io.NodeOutput(
             {"samples": inverted.noise},
             inverted.trajectory,
-            inverted.trajectory.sigmas,
+            inverted.trajectory.sigmas.clone(),  # core's uni_pc writes into the sigmas that it is given
             report,
             ui=ui.PreviewText(report),
         )

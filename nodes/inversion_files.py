@@ -95,7 +95,7 @@ class LoadInversion(io.ComfyNode):
         """Read again when the file changed."""
         try:
             facts = (Path(_FOLDERS[folder]()) / safe_name(name)).stat()
-        except (InvalidFile, OSError):
+        except (InvalidFile, OSError, KeyError):  # KeyError: the folder comes through a link and is not known yet
             return None
         return facts.st_mtime_ns, facts.st_size
 
@@ -118,7 +118,7 @@ class LoadInversion(io.ComfyNode):
             host = ComfyHost(model)
             trajectory.require_model(host.fingerprint())
             noise = {"samples": noise_samples(host, trajectory)}
-        return io.NodeOutput(noise, trajectory, trajectory.sigmas)
+        return io.NodeOutput(noise, trajectory, trajectory.sigmas.clone())  # core's uni_pc writes into it
 
 
 def _check_trajectory(value: object) -> None:

@@ -100,6 +100,10 @@ class BlendRun:
     def _draw(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=self.generator).to(like)
 
+    def restrict(self, mask: Tensor) -> None:
+        """Keep more: only what ``mask`` ``[B or 1, 1, h, w]`` (1 = edit) selects as well may change."""
+        self.masks = [m * mask.to(m) for m in self.masks]
+
     def step_of(self, sigma: float) -> int:
         """The step whose interval holds ``sigma``: samplers of higher order also ask between the levels."""
         above = int((self.sigmas >= sigma * (1 - 1e-5)).sum())

@@ -86,6 +86,18 @@ def test_soft_masks_mix_linearly() -> None:
     torch.testing.assert_close(run.finish(x), 0.25 * x + 0.75 * source())
 
 
+def test_a_second_mask_keeps_more() -> None:
+    x = torch.full((2, 4, 6, 8), 5.0)
+    run = Blend(source(), half_mask(), "eps").start(SIGMAS, x)
+    top = torch.zeros(2, 1, 6, 8)
+    top[:, :, :3] = 1
+    run.restrict(top)
+    out = run.finish(x)
+    assert torch.equal(out[:, :, :3, :4], x[:, :, :3, :4])
+    assert torch.equal(out[:, :, 3:], source()[:, :, 3:].expand(2, -1, -1, -1))
+    assert torch.equal(out[..., 4:], source()[..., 4:].expand(2, -1, -1, -1))
+
+
 def test_shrinking_masks_start_wide_and_end_exact() -> None:
     mask = torch.zeros(1, 6, 8)
     mask[0, 3, 4] = 1

@@ -93,6 +93,17 @@ class _Patch:
         noise: Tensor = args[4] if len(args) > 4 else kwargs["noise"]
         # A copy, because some samplers (uni_pc) write into their list of sigmas.
         run = self.blend.start(sigmas.clone(), noise)
+        denoise_mask: Tensor | None = args[6] if len(args) > 6 else kwargs.get("denoise_mask")
+        extra: dict[str, Any] = args[2] if len(args) > 2 else kwargs["extra_args"]
+        options = extra.get("model_options", {})
+        if denoise_mask is not None and "denoise_mask_function" not in options:
+            # Core would hand the model a copy of the sampler's latent, so that writing to it had no effect: a latent's
+            # noise mask joins ours instead. (A mask that changes over the steps, as Differential Diffusion's, stays.)
+            run.restrict(denoise_mask[:, :1])
+            if len(args) > 6:
+                args = (*args[:6], None, *args[7:])
+            else:
+                kwargs["denoise_mask"] = None
         self.runs[id(guider)] = run
         try:
             samples: Tensor = executor(*args, **kwargs)
