@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrace.blending import Blend
+from retrace.demo_graph import example, load_graph
+from retrace.edit import EditSettings, edit_image
 from retrace.hosts.diffusers import DiffusersHost
 from retrace.inversion import invert
-from retrace.masks import latent_mask, mask_precision
+from retrace.masks import mask_precision
 from retrace.metrics import psnr
-from retrace.paste import paste_background
 from retrace.pebble.parser import found, parse
 from retrace.pebble.scenes import (
     Scene,
@@ -45,12 +45,6 @@ def to_nchw(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).contiguous()
 
 
-def texts(host: Any, prompts: list[str]) -> Any:
-    """One condition for a batch of pictures with a prompt each."""
-    conds = [host.encode_text(p) for p in prompts]
-    return conds[0].with_embedding(torch.cat([c.embedding for c in conds]))
-
-
 def batches(items: list[Any]) -> list[list[Any]]:
     return [items[i : i + BATCH] for i in range(0, len(items), BATCH)]
 
@@ -62,7 +56,7 @@ def sample(host: Any, prompts: list[str], steps: int, guidance: float, start: Te
     size = host.native_size // host.downscale
     noise = torch.randn(len(prompts), host.latent_channels, size, size, generator=generator)
     x = noise * float(sigmas[0]) if start is None else start
-    conds = {"positive": texts(host, prompts), "negative": texts(host, [""] * len(prompts))}
+    conds = {"positive": host.encode_text(prompts), "negative": host.encode_text([""] * len(prompts))}
 
     def method(model: Any, latent: Tensor, c: Any) -> Tensor:
         return sample_ddim(model, latent, sigmas, c["positive"], c["negative"], guidance)
@@ -113,7 +107,7 @@ def inversion_round_trip(host: Any, count: int) -> Result:
     for scenes in batches(heldout(count)):
         images = to_nhwc(render_batch(scenes))
         latents = host.encode_image(images)
-        cond = {"positive": texts(host, [s.caption() for s in scenes])}
+        cond = {"positive": host.encode_text([s.caption() for s in scenes])}
         bound = psnr(host.decode_latent(latents), images)
         for method, steps in (("ddim", 50), ("fixed_point", 25), ("fixed_point", 50)):
             sigmas = host.sigmas("ddim_uniform", steps)
@@ -138,36 +132,22 @@ def red_circle_scenes(count: int) -> list[Scene]:
     return scenes
 
 
-def blend_edits(host: Any, count: int, steps: int = 50, guidance: float = 5.0, level: int = 5) -> Result:
-    """ "a red circle" under its mask becomes "a blue square": one sample each, background from one noise."""
-    hits, same = [], []
+def blend_edits(host: Any, count: int, settings: EditSettings | None = None) -> Result:
+    """A red circle becomes a blue square: the edit that ships, with the settings and the mask of the example graph."""
+    shipped = example(load_graph())
+    settings = settings or shipped.settings
+    hits: list[bool] = []
+    same: list[bool] = []
     for number, scenes in enumerate(batches(red_circle_scenes(count))):
         images = to_nhwc(render_batch(scenes))
-        masks = mask_precision(torch.stack([instance_masks(s)[0] for s in scenes]), level)
-        latents = host.encode_image(images)
-        size = (latents.shape[-2], latents.shape[-1])
-        blend = Blend(latents, latent_mask(masks, size=size), host.parametrisation, seed=number)
-        sigmas = host.sigmas("ddim_uniform", steps)
-        prompts = [
-            replace(s, objects=(replace(s.objects[0], colour="blue", shape="square"),)).caption() for s in scenes
-        ]
-        conds = {"positive": texts(host, prompts), "negative": texts(host, [""] * len(prompts))}
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1000 + number)) * float(sigmas[0])
-
-        def method(model: Any, x: Tensor, c: Any, sigmas: Tensor = sigmas, blend: Blend = blend) -> Tensor:
-            run = blend.start(sigmas, x)
-
-            def keep(i: int, sigma: float, x: Tensor, denoised: Tensor) -> Tensor:
-                return run(x, sigma) if sigma > 0 else run.finish(x)
-
-            start = run(x, float(sigmas[0]))
-            return sample_ddim(model, start, sigmas, c["positive"], c["negative"], guidance, keep)
-
-        edited = paste_background(host.decode_latent(host.run(noise, conds, method)), images, masks)
+        exact = torch.stack([instance_masks(s, shipped.margin)[0] for s in scenes])
+        masks = mask_precision(exact, shipped.level, shipped.levels)
+        wanted = [replace(s, objects=(replace(s.objects[0], colour="blue", shape="square"),)) for s in scenes]
+        words = [[s.caption() for s in part] for part in (scenes, wanted)]
+        edited = edit_image(host, images, masks, *words, replace(settings, seed=number)).edited
         hits += [found(i, "blue", "square", m) for i, m in zip(to_nchw(edited), masks, strict=True)]
-        outside = masks == 0
         eight = [(x * 255).round().to(torch.uint8) for x in (edited, images)]
-        same += [bool((a[o] == b[o]).all()) for a, b, o in zip(*eight, outside, strict=True)]
+        same += [bool((a[o] == b[o]).all()) for a, b, o in zip(*eight, masks == 0, strict=True)]
     return {"success": sum(hits) / count, "identical_outside": sum(same) / count}
 
 
@@ -182,7 +162,7 @@ def speed(host: Any) -> Result:
 
     def inversion() -> object:
         sigmas = host.sigmas("ddim_uniform", 50)
-        cond = {"positive": texts(host, [caption])}
+        cond = {"positive": host.encode_text([caption])}
         return host.run(host.encode_image(image), cond, lambda m, x, c: invert(m, x, sigmas, c["positive"]))
 
     sampling = seconds(lambda: sample(host, [caption], 50, 5.0, None, seed=0))
