@@ -160,7 +160,7 @@ def test_a_server_that_is_gone_or_silent(fake: ComfyInstall) -> None:
     with ComfyServer(fake, None) as server:
         assert server._process is not None
         server._process.kill()
-        with pytest.raises(ComfyError, match="gave no answer to /object_info .*its process ended"):
+        with pytest.raises(ComfyError, match=r"gave no answer to /object_info .*its process ended"):
             server.object_info()
 
 
