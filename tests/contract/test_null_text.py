@@ -70,6 +70,20 @@ def test_the_ablations_run(subject: Any, mode: str) -> None:
     assert torch.isfinite(found.embeddings).all() and torch.isfinite(back)
 
 
+def test_stop_is_obeyed_and_leaves_the_host_usable(subject: Any) -> None:
+    sigmas = subject.host.sigmas("ddim_uniform", STEPS)
+
+    def method(model: Any, x: Any, conds: Any) -> Any:
+        trajectory = invert(model, x, sigmas, conds[0])
+        with subject.interrupted() as stopped, pytest.raises(stopped):
+            optimise_null_text(model, trajectory, *conds)
+        return trajectory
+
+    subject.run(torch.randn(1, 4, 8, 8), method, *PROMPTS, gradients=True)
+    found, *_ = optimised(subject, inner_steps=1)
+    assert torch.isfinite(found.embeddings).all()
+
+
 class TestInsideComfyUI:
     """The conditioning as core's own code sees it."""
 
@@ -101,6 +115,62 @@ class TestInsideComfyUI:
         samples, sigmas, made = self.make(comfy_subject)
         back = comfy_subject.host.to_model_scale(self.sample(comfy_subject, made, sigmas))
         source = comfy_subject.host.to_model_scale(samples)
+        span = source.amax() - source.amin()
+        psnr = 10 * (span**2 / (back - source).square().mean()).log10()
+        assert float(psnr) == pytest.approx(made.result.latent_psnr, abs=0.05)
+
+    def test_v_prediction(self, comfy_subject: Any) -> None:
+        import comfy.model_sampling
+
+        from retrace.hosts.comfyui import ComfyHost
+
+        class VSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.V_PREDICTION):  # type: ignore[misc]
+            pass
+
+        model = comfy_subject.host.model.clone()
+        model.add_object_patch("model_sampling", VSampling(model.model.model_config))
+        original, comfy_subject.host = comfy_subject.host, ComfyHost(model, comfy_subject.host.clip)
+        try:
+            self.test_core_samples_what_was_optimised(comfy_subject)
+        finally:
+            comfy_subject.host = original
+
+    def test_pooled_vectors_of_sdxl(self, comfy_subject: Any) -> None:
+        """An SDXL in miniature: the two prompts have pooled vectors of their own, so nothing may be shared."""
+        import comfy.model_base
+        import comfy.model_patcher
+        import comfy.supported_models
+
+        from retrace.hosts.comfyui import ComfyHost
+        from retrace.hosts.comfyui.inversion import invert_latent
+        from retrace.hosts.comfyui.null_text import optimise
+
+        config = comfy.supported_models.SDXL(
+            {
+                "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1],
+                "channel_mult": [1, 2], "transformer_depth": [0, 1], "transformer_depth_output": [0, 0, 1, 1],
+                "transformer_depth_middle": 1, "use_linear_in_transformer": True, "num_classes": "sequential",
+                "adm_in_channels": 2816, "num_head_channels": 32, "context_dim": 48, "use_spatial_transformer": True,
+                "legacy": False, "dtype": torch.float32,
+            }
+        )  # fmt: skip
+        model = comfy.model_base.SDXL(config, device="cpu")
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.diffusion_model.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        host = ComfyHost(comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu")))
+        positive, negative = ([[torch.randn(1, 77, 48), {"pooled_output": torch.randn(1, 1280)}]] for _ in range(2))
+        sigmas = host.sigmas("ddim_uniform", 3)
+        inverted = invert_latent(host, torch.randn(1, 4, 8, 8), sigmas, positive, "ddim", verify=False)
+        made = optimise(host, inverted.trajectory, positive, negative, 7.5, inner_steps=3, early_stop=0.0)
+        assert made.result.evaluations == sum(2 + k for k in made.result.iterations)
+        assert all(options["pooled_output"] is negative[0][1]["pooled_output"] for _, options in made.negative)
+        original, comfy_subject.host = comfy_subject.host, host
+        try:
+            back = host.to_model_scale(self.sample(comfy_subject, made, sigmas))
+        finally:
+            comfy_subject.host = original
+        source = inverted.trajectory.source
         span = source.amax() - source.amin()
         psnr = 10 * (span**2 / (back - source).square().mean()).log10()
         assert float(psnr) == pytest.approx(made.result.latent_psnr, abs=0.05)
