@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 
 from ..retrace.errors import InvalidImage
 from ..retrace.inversion import METHODS
+from ..retrace.sampling import require_deterministic
 from ..retrace.schedule import check_sigmas
 from ..retrace.validation import check_latent, describe
 from ._errors import reports_errors
@@ -78,6 +79,14 @@ class DDIMInverter(io.ComfyNode):
                 io.Vae.Input(
                     "vae", optional=True, tooltip="Connect it to have the report measure pictures, not only latents."
                 ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=list(comfy.samplers.SAMPLER_NAMES),
+                    default="euler",
+                    optional=True,
+                    tooltip="The sampler you will go forward with, for the SAMPLER output. euler and ddim retrace step "
+                    "by step; samplers that add noise are refused.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(
@@ -88,6 +97,7 @@ class DDIMInverter(io.ComfyNode):
                 ),
                 io.Sigmas.Output("walked_sigmas", display_name="SIGMAS", tooltip="The noise levels of the walk."),
                 io.String.Output("report", display_name="report", tooltip="How well and how fast it went."),
+                io.Sampler.Output("sampler", display_name="SAMPLER", tooltip="The chosen sampler, for SamplerCustom."),
             ],
         )
 
@@ -106,12 +116,14 @@ class DDIMInverter(io.ComfyNode):
         verify: bool,
         sigmas: torch.Tensor | None = None,
         vae: Any = None,
+        sampler_name: str = "euler",
     ) -> io.NodeOutput:
         from ..retrace.hosts.comfyui import ComfyHost
         from ..retrace.hosts.comfyui.inversion import invert_latent
 
         if not isinstance(latent, dict) or "samples" not in latent:
             raise InvalidImage(f"latent: got {describe(latent)}, but a LATENT is needed. Connect a 'VAE Encode'.")
+        require_deterministic(sampler_name)
         host = ComfyHost(model, vae=vae)
         samples = check_latent("latent", latent["samples"], host.latent_channels)
         levels = host.sigmas(scheduler, steps) if sigmas is None else check_sigmas(sigmas)
@@ -132,5 +144,6 @@ class DDIMInverter(io.ComfyNode):
             inverted.trajectory,
             inverted.trajectory.sigmas.clone(),  # core's uni_pc writes into the sigmas that it is given
             report,
+            comfy.samplers.sampler_object(sampler_name),
             ui=ui.PreviewText(report),
         )

@@ -42,6 +42,35 @@ def test_both_samplers_walk_the_same_way_back(server: ComfyServer) -> None:
     assert torch.allclose(advanced, custom, atol=1e-4)
 
 
+def test_the_chosen_sampler_goes_forward(newest_server: ComfyServer) -> None:
+    graph = _round_trip(sampler_name="ddim")
+    graph["custom"]["inputs"]["sampler"] = ["invert", 4]
+    result = newest_server.run(graph)
+    advanced, custom = (graphs.latent(newest_server, result, f"save_{name}") for name in ("advanced", "custom"))
+    assert torch.allclose(advanced, custom, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_2m_sde", "lcm"])
+def test_stochastic_samplers_are_refused_by_name(newest_server: ComfyServer, name: str) -> None:
+    with pytest.raises(ComfyError, match=f"DDIM Inverter: The sampler '{name}' adds fresh noise.*ddim, euler"):
+        newest_server.run(_round_trip(sampler_name=name))
+
+
+def test_core_may_write_into_the_sigmas_it_is_given(newest_server: ComfyServer) -> None:
+    graph = _round_trip(sampler_name="uni_pc")
+    graph["custom"]["inputs"]["sampler"] = ["invert", 4]
+    newest_server.run(graph)
+    # The trajectory, which comes from the cache now, must have kept its own sigmas: write it and walk along the file's.
+    graph["keep"] = graphs.node("RetraceSaveInversion", trajectory=["invert", 1], name="written_to", overwrite=True)
+    newest_server.run(graph)
+    graph["load"] = graphs.node("RetraceLoadInversion", name="written_to", folder="output", model=["pebble", 0])
+    graph["again"] = _custom("load", ["load", 2])
+    graph["save_again"] = graphs.save("again")
+    result = newest_server.run(graph)
+    again, advanced = (graphs.latent(newest_server, result, f"save_{name}") for name in ("again", "advanced"))
+    assert torch.allclose(advanced, again, atol=1e-4)
+
+
 def test_the_report_says_what_the_sampler_finds(newest_server: ComfyServer) -> None:
     graph = _round_trip(verify=True)
     graph["invert"]["inputs"]["vae"] = ["pebble", 2]
