@@ -84,13 +84,17 @@ def parser_on_truth(count: int) -> Result:
 
 
 def prompt_following(host: Any, count: int, steps: int = 50, guidance: float = 5.0) -> Result:
-    """Share of samples that show the asked colour and shape; captions of held-out scenes with one object."""
+    """Share of samples that show the asked colour and shape, and of each alone; captions of scenes with one object."""
     scenes = heldout(count, start=50_000, objects=1)
-    hits: list[bool] = []
+    found_all, colours, grounds = 0, 0, 0
     for number, part in enumerate(batches(scenes)):
         images = sample(host, [s.caption() for s in part], steps, guidance, None, seed=number)
-        hits += [found(i, s.objects[0].colour, s.objects[0].shape) for s, i in zip(part, to_nchw(images), strict=True)]
-    return {"right": sum(hits) / count}
+        for scene, image in zip(part, to_nchw(images), strict=True):
+            asked, seen = scene.objects[0], parse(image)
+            found_all += found(seen, asked.colour, asked.shape)
+            colours += any(o.colour == asked.colour for o in seen.objects)
+            grounds += seen.ground == scene.ground.name
+    return {"right": found_all / count, "colour": colours / count, "ground": grounds / count}
 
 
 def clip_retrieval(count: int) -> Result:
@@ -137,6 +141,7 @@ def blend_edits(host: Any, count: int, settings: EditSettings | None = None) -> 
     shipped = example(load_graph())
     settings = settings or shipped.settings
     hits: list[bool] = []
+    blue: list[bool] = []
     same: list[bool] = []
     for number, scenes in enumerate(batches(red_circle_scenes(count))):
         images = to_nhwc(render_batch(scenes))
@@ -146,9 +151,12 @@ def blend_edits(host: Any, count: int, settings: EditSettings | None = None) -> 
         words = [[s.caption() for s in part] for part in (scenes, wanted)]
         edited = edit_image(host, images, masks, *words, replace(settings, seed=number)).edited
         hits += [found(i, "blue", "square", m) for i, m in zip(to_nchw(edited), masks, strict=True)]
+        for image, mask in zip(to_nchw(edited), masks, strict=True):
+            inside = [o for o in parse(image).objects if mask[int(o.y), int(o.x)] > 0.5]
+            blue.append(any(o.colour == "blue" for o in inside))
         eight = [(x * 255).round().to(torch.uint8) for x in (edited, images)]
         same += [bool((a[o] == b[o]).all()) for a, b, o in zip(*eight, masks == 0, strict=True)]
-    return {"success": sum(hits) / count, "identical_outside": sum(same) / count}
+    return {"success": sum(hits) / count, "colour": sum(blue) / count, "identical_outside": sum(same) / count}
 
 
 def speed(host: Any) -> Result:

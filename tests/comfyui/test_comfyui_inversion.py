@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from retrace.hosts.comfyui_server import ComfyError, ComfyServer
+from retrace.metrics import PSNR_CAP
 
 pytestmark = pytest.mark.usefixtures("pebble")
 
@@ -145,7 +146,7 @@ def test_flow_models_come_back_through_core(newest_server: ComfyServer) -> None:
     back, source = (graphs.latent(newest_server, result, f"save_{name}") for name in ("custom", "encode"))
     ratio = (source.amax() - source.amin()) ** 2 / (back - source).square().mean()
     said = float(result.text_of("again").partition("return, latent")[2].split()[0])
-    assert float(10 * ratio.log10()) == pytest.approx(said, abs=1.0)
+    assert min(float(10 * ratio.log10()), PSNR_CAP) == pytest.approx(said, abs=1.0)
 
 
 def test_an_inversion_survives_its_file(server: ComfyServer) -> None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 NODES = {
     "RetraceLoadPebble": ["MODEL", "CLIP", "VAE"],
     "RetracePebbleScene": ["IMAGE", "MASK", "STRING"],
-    "RetraceDDIMInverter": ["LATENT", "RETRACE_TRAJECTORY", "SIGMAS", "STRING"],
+    "RetraceDDIMInverter": ["LATENT", "RETRACE_TRAJECTORY", "SIGMAS", "STRING", "SAMPLER"],
     "RetraceSaveInversion": ["STRING"],
     "RetraceLoadInversion": ["LATENT", "RETRACE_TRAJECTORY", "SIGMAS"],
     "RetraceNullTextOptimizer": ["CONDITIONING", "CONDITIONING", "LATENT", "STRING"],
