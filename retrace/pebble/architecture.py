@@ -45,13 +45,13 @@ SCHEDULER: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
+    "prediction_type": "v_prediction",
     "clip_sample": False,
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
 
-# Contrastive image-text model (open_clip form). Its text tower, frozen, also conditions the UNet.
+# Contrastive image-text model (open_clip form). Its text tower is the one that conditions the UNet.
 CLIP: dict[str, Any] = {
     "embed_dim": 64,
     "quick_gelu": True,

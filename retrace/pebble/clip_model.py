@@ -35,12 +35,12 @@ def load_clip(folder: Path | None = None) -> tuple[Any, Any]:
     folder = folder or weights_folder()
     model = open_clip.CLIP(**architecture.CLIP)
     state = load_file(folder / "clip" / "open_clip_model.safetensors")
-    state |= _text_tower(load_file(folder / "text_encoder" / "model.safetensors"))
+    state |= text_tower(load_file(folder / "text_encoder" / "model.safetensors"))
     model.load_state_dict({k: v.float() for k, v in state.items()})
     return model.eval().requires_grad_(False), open_clip.get_tokenizer("ViT-B-32")
 
 
-def _text_tower(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def text_tower(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """open_clip names for the text tower, from those of transformers' CLIPTextModel."""
     sd = {k.removeprefix("text_model."): v for k, v in state.items()}
     out = {

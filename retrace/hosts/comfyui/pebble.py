@@ -17,6 +17,7 @@ import comfy.sd1_clip
 import comfy.supported_models
 import comfy.supported_models_base
 import comfy.utils
+from comfy.model_base import ModelType
 from torch import Tensor
 
 from ...errors import InvalidFile
@@ -61,7 +62,7 @@ def load_model(folder: str | Path, disable_dynamic: bool = False) -> Any:
     management = comfy.model_management
     parameters = comfy.utils.calculate_parameters(weights)
     load_device = management.get_torch_device()
-    description = _description(config, scale, _preview(folder))(unet_config)
+    description = _description(config, scale, _preview(folder), _predicts(folder))(unet_config)
     dtypes = description.supported_inference_dtypes
     dtype = management.unet_dtype(
         model_params=parameters, supported_dtypes=list(dtypes), weight_dtype=comfy.utils.weight_dtype(weights)
@@ -162,7 +163,13 @@ def _preview(folder: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
-def _description(config: dict[str, Any], scale: float, preview: dict[str, Any]) -> Any:
+def _predicts(folder: Path) -> Any:
+    """What the network predicts, as core names it."""
+    kind = _config(folder, "scheduler", "scheduler_config.json").get("prediction_type", "epsilon")
+    return {"epsilon": ModelType.EPS, "v_prediction": ModelType.V_PREDICTION}[kind]
+
+
+def _description(config: dict[str, Any], scale: float, preview: dict[str, Any], predicts: Any) -> Any:
     """Core's SD1.5 description with this UNet's heads and this VAE's scale (core's own classes stay as they are)."""
 
     class PebbleLatent(comfy.latent_formats.LatentFormat):
@@ -179,6 +186,9 @@ def _description(config: dict[str, Any], scale: float, preview: dict[str, Any]) 
         }
         latent_format = PebbleLatent
 
+        def model_type(self, state_dict: Any, prefix: str = "") -> Any:
+            return predicts
+
     return Pebble
 
 
@@ -193,8 +203,8 @@ def _comfy_unet_weights(unet_config: dict[str, Any], weights: dict[str, Tensor],
     return {names[key]: value for key, value in weights.items()}
 
 
-def _config(folder: Path, part: str) -> dict[str, Any]:
-    path = folder / part / "config.json"
+def _config(folder: Path, part: str, name: str = "config.json") -> dict[str, Any]:
+    path = folder / part / name
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:

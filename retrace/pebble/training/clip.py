@@ -1,4 +1,4 @@
-"""Stage 2: the contrastive image-text model. Its text tower, frozen, is what the UNet reads afterwards."""
+"""Stage 3: the contrastive image-text model: a new image tower learns to agree with the text tower of the UNet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import architecture
-from ..clip_model import normalise
+from ..clip_model import normalise, text_tower
 from ..scenes import Scene
 from .data import ScenePool
 from .stage import Stage
@@ -17,10 +17,19 @@ from .stage import Stage
 BATCH = 96
 
 
-def build() -> nn.Module:
+# Of the text side only the projection is trained.
+LOCKED = ("token_embedding", "positional_embedding", "transformer", "ln_final")
+
+
+def build(text_encoder: dict[str, Tensor]) -> nn.Module:
+    """New weights, but for the text tower: ``text_encoder`` as it ships, locked (Zhai et al. 2022, LiT)."""
     import open_clip
 
-    return open_clip.CLIP(**architecture.CLIP)
+    model = open_clip.CLIP(**architecture.CLIP)
+    model.load_state_dict({k: v.float() for k, v in text_tower(text_encoder).items()}, strict=False)
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.startswith(LOCKED))
+    return model
 
 
 def caption(scene: Scene, generator: torch.Generator) -> str:
@@ -29,12 +38,14 @@ def caption(scene: Scene, generator: torch.Generator) -> str:
     return scene.caption(with_ground=chance[0] < 0.85, with_details=chance[1] < 0.8)
 
 
-def train(folder: Path, seconds: float, pool: ScenePool, max_steps: int = 8_000) -> Stage:
+def train(
+    folder: Path, seconds: float, pool: ScenePool, text_encoder: dict[str, Tensor], max_steps: int = 8_000
+) -> Stage:
     """The symmetric InfoNCE loss of CLIP, with random shifts of the pictures."""
     import open_clip
 
     torch.manual_seed(2)
-    run = Stage("clip", build(), folder, seconds, max_steps, lr=1e-3, weight_decay=0.05, warmup=200)
+    run = Stage("clip", build(text_encoder), folder, seconds, max_steps, lr=1e-3, weight_decay=0.05, warmup=200)
     tokenize = open_clip.get_tokenizer("ViT-B-32")
 
     def loss(generator: torch.Generator) -> Tensor:

@@ -34,14 +34,17 @@ def write_vae(folder: Path, vae: nn.Module, scaling_factor: float) -> None:
 
 
 def write_clip(folder: Path, clip: nn.Module) -> None:
-    """The text tower in transformers' form, and what open_clip needs beyond it in ``clip/``."""
-    save(text_tower.to_transformers(clip), folder / "text_encoder" / "model.safetensors")
-    write_json(folder / "text_encoder" / "config.json", text_tower.config())
+    """What open_clip needs beyond the text tower, in ``clip/``."""
     rest = {
         k: v for k, v in clip.state_dict().items() if k.startswith("visual.") or k in ("text_projection", "logit_scale")
     }
     save(rest, folder / "clip" / "open_clip_model.safetensors")
     write_json(folder / "clip" / "open_clip_config.json", {"model_cfg": architecture.CLIP})
+
+
+def write_text_encoder(folder: Path, tower: nn.Module) -> None:
+    save(text_tower.to_ship(tower), folder / "text_encoder" / "model.safetensors")
+    write_json(folder / "text_encoder" / "config.json", text_tower.config())
 
 
 def write_unet(folder: Path, unet: nn.Module) -> None:
@@ -114,4 +117,7 @@ def write_preview(folder: Path, latents: Tensor, images: Tensor) -> None:
 
 
 def write_card(folder: Path, card: dict[str, Any]) -> None:
-    write_json(folder / "card.json", card)
+    """The card of what was trained now; what it says of the other stages stays."""
+    path = folder / "card.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    write_json(path, {**before, **card})

@@ -17,13 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .muon import Muon
+
 log = logging.getLogger("retrace.pebble")
 
 
 @dataclass
 class Stage:
-    """Train ``model`` with AdamW, a cosine that ends with the budget, and an exponential moving average of the weights.
+    """Train ``model`` with a cosine that ends with the budget, and an exponential moving average of the weights.
 
+    AdamW trains what ``muon`` leaves: it names the hidden weights, by default none, that :class:`Muon` trains.
     ``seconds`` is the wall-clock budget over all resumed runs; ``max_steps`` ends a stage early on a fast device.
     The state is written to ``folder/<name>.pt`` every ``save_every`` seconds, atomically.
     """
@@ -37,15 +40,24 @@ class Stage:
     weight_decay: float = 0.01
     warmup: int = 100
     ema_decay: float = 0.999
+    muon: Callable[[str, Tensor], bool] = lambda name, weight: False
+    muon_lr: float = 2e-3
     save_every: float = 120.0
     device: torch.device = field(default_factory=lambda: best_device())
 
     def __post_init__(self) -> None:
         self.model.to(self.device)
-        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trainable, lr=self.lr, weight_decay=self.weight_decay, betas=(0.9, 0.99), fused=True
-        )
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.trainable = list(named.values())
+        hidden = [p for name, p in named.items() if self.muon(name, p)]
+        rest = [p for name, p in named.items() if not self.muon(name, p)]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(rest, lr=self.lr, weight_decay=self.weight_decay, betas=(0.9, 0.99), fused=True)
+        ]
+        if hidden:
+            self.optimizers.append(Muon(hidden, lr=self.muon_lr, weight_decay=self.weight_decay))
+        for group in self._groups():
+            group["peak"] = group["lr"]
         self.ema = [p.detach().clone() for p in self.trainable]
         self.step, self.elapsed = 0, 0.0
         self.losses: list[list[float]] = []
@@ -53,17 +65,21 @@ class Stage:
         if self.path.exists():
             self._load()
 
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
     def _load(self) -> None:
         state = torch.load(self.path, map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.ema = state["ema"]
         self.step, self.elapsed, self.losses = state["step"], state["elapsed"], state["losses"]
 
     def save(self) -> None:
         state = {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "ema": self.ema,
             "step": self.step,
             "elapsed": self.elapsed,
@@ -81,7 +97,7 @@ class Stage:
 
     def run(self, loss: Callable[[torch.Generator], Tensor]) -> None:
         """Minimise ``loss(generator)`` until the budget is spent, then leave the averaged weights in the model."""
-        saved = time.monotonic()
+        saved, recent = time.monotonic(), []
         while self.progress < 1.0:
             start = time.monotonic()
             # The generator follows from the step, so that a resumed run sees the same data.
@@ -89,22 +105,25 @@ class Stage:
             scale = min(1.0, (self.step + 1) / self.warmup) * (
                 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.progress))
             )
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * scale
+            for group in self._groups():
+                group["lr"] = group["peak"] * scale
             with fast_precision(self.device):
                 value = loss(generator)
             value.backward()
             nn.utils.clip_grad_norm_(self.trainable, 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             self.step += 1
             decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
                 torch._foreach_lerp_(self.ema, self.trainable, 1 - decay)
             self.elapsed += time.monotonic() - start
+            recent.append(float(value.detach()))
             if self.step % 50 == 0:
-                self.losses.append([self.step, round(float(value.detach()), 6)])
-                log.info("%s step %d, %.0f s, loss %.5f", self.name, self.step, self.elapsed, value.detach())
+                self.losses.append([self.step, round(sum(recent) / len(recent), 6)])
+                log.info("%s step %d, %.0f s, loss %.5f", self.name, self.step, self.elapsed, self.losses[-1][1])
+                recent.clear()
             if time.monotonic() - saved > self.save_every:
                 self.save()
                 saved = time.monotonic()

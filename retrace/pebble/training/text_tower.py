@@ -1,4 +1,4 @@
-"""The text tower of an open_clip model as a transformers CLIPTextModel, the form that SD1.5 pipelines read."""
+"""The text tower: a transformers CLIPTextModel, the form that SD1.5 pipelines read."""
 
 from __future__ import annotations
 
@@ -42,26 +42,17 @@ def known_tokens() -> Tensor:
     return ids[ids > 0]  # 0 is open_clip's padding
 
 
-def to_transformers(clip: nn.Module) -> dict[str, Tensor]:
-    """State dict with ``text_model.`` names. Words outside the captions get a zero embedding: they say nothing."""
-    sd = clip.state_dict()
-    known = known_tokens()
-    tokens = torch.zeros_like(sd["token_embedding.weight"])
-    tokens[known] = sd["token_embedding.weight"][known]
-    out = {
-        "embeddings.token_embedding.weight": tokens,
-        "embeddings.position_embedding.weight": sd["positional_embedding"],
-        "final_layer_norm.weight": sd["ln_final.weight"],
-        "final_layer_norm.bias": sd["ln_final.bias"],
-    }
-    for i in range(architecture.CLIP["text_cfg"]["layers"]):
-        old, new = f"transformer.resblocks.{i}.", f"encoder.layers.{i}."
-        for kind in ("weight", "bias"):
-            for name, part in zip("qkv", sd[f"{old}attn.in_proj_{kind}"].chunk(3), strict=True):
-                out[f"{new}self_attn.{name}_proj.{kind}"] = part
-            out[f"{new}self_attn.out_proj.{kind}"] = sd[f"{old}attn.out_proj.{kind}"]
-            out[f"{new}layer_norm1.{kind}"] = sd[f"{old}ln_1.{kind}"]
-            out[f"{new}layer_norm2.{kind}"] = sd[f"{old}ln_2.{kind}"]
-            out[f"{new}mlp.fc1.{kind}"] = sd[f"{old}mlp.c_fc.{kind}"]
-            out[f"{new}mlp.fc2.{kind}"] = sd[f"{old}mlp.c_proj.{kind}"]
-    return {f"text_model.{k}": v.detach().cpu().contiguous() for k, v in out.items()}
+def build() -> Any:
+    """A text tower with new weights."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    # Plain attention: torch's own widens bf16 to float32, which is slow on CPUs.
+    return CLIPTextModel._from_config(CLIPTextConfig(**config()), attn_implementation="eager")
+
+
+def to_ship(tower: nn.Module) -> dict[str, Tensor]:
+    """The state of a trained tower. Words outside the captions get a zero embedding: they say nothing."""
+    state = {name.removeprefix("text_model."): weight.detach().cpu() for name, weight in tower.state_dict().items()}
+    known, table = known_tokens(), "embeddings.token_embedding.weight"
+    state[table] = torch.zeros_like(state[table]).index_copy(0, known, state[table][known])
+    return {f"text_model.{name}": weight for name, weight in state.items() if name != "embeddings.position_ids"}

@@ -1,4 +1,4 @@
-"""Stage 3: the UNet, on cached latents, with captions dropped so that guidance and the null text work."""
+"""Stage 2: the UNet and the text tower together, on cached latents; dropped captions teach the null text."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import architecture
+from . import text_tower
 from .data import ScenePool, training_caption
 from .stage import Stage, fast_precision
-from .text_tower import END, START
+from .text_tower import END
 
-BATCH = 32
+BATCH = 64
 EMPTY_CAPTIONS = 0.12
+SPREAD = 1.3  # standard deviation of log sigma
+UNIFORM = 0.15
 log = logging.getLogger("retrace.pebble")
 
 
@@ -33,15 +36,14 @@ def alphas_cumprod() -> Tensor:
     return torch.cumprod(1 - betas, 0)
 
 
-def loss_weights(signal: Tensor) -> Tensor:
-    """Weight of every timestep ``[1000]`` for ``signal`` = alphas_cumprod, mean 1.
-
-    The plain noise loss hardly notices layout, shape and ground, which are decided where there is little signal: words
-    for the ground matter only at the highest tenth of the levels. Weighted by 1 / signal (up to 50) it is the loss of
-    v-prediction (Salimans & Ho 2022), which does notice.
+def draw_timesteps(count: int, log_sigmas: Tensor, generator: torch.Generator) -> Tensor:
+    """Timesteps ``[count]``, most of them where layout and outlines are decided: a normal distribution of log sigma
+    (Karras et al. 2022, table 1) around sigma 1, that of the latents; the rest uniform, so that no level is left out.
     """
-    weights = (1 / signal).clamp(max=50)
-    return weights / weights.mean()
+    normal = torch.randn(count, generator=generator) * SPREAD
+    middle = torch.searchsorted(log_sigmas, normal).clamp(max=len(log_sigmas) - 1)
+    anywhere = torch.randint(len(log_sigmas), (count,), generator=generator)
+    return torch.where(torch.rand(count, generator=generator) < UNIFORM, anywhere, middle)
 
 
 @torch.inference_mode()
@@ -60,54 +62,53 @@ def cache_latents(vae: Any, pool: ScenePool, file: Path) -> Tensor:
 
 
 class Captions:
-    """Encodes captions with the frozen text tower, each only once."""
+    """Captions as token ids ``[B, 77]``, padded with the end token as SD1.x does (open_clip pads with zeros)."""
 
-    def __init__(self, text_encoder: Any) -> None:
+    def __init__(self) -> None:
         import open_clip
 
-        self.text_encoder = text_encoder
         self.tokenize = open_clip.get_tokenizer("ViT-B-32")
-        self.known: dict[str, Tensor] = {}
 
-    @torch.inference_mode()
     def __call__(self, captions: list[str]) -> Tensor:
-        new = sorted(set(captions) - self.known.keys())
-        if new:
-            ids = self.tokenize(new)
-            # SD1.x pads with the end token; open_clip pads with zeros.
-            ids = torch.where(ids == 0, END, ids)
-            ids[:, 0] = START
-            hidden = self.text_encoder(ids.to(self.text_encoder.device)).last_hidden_state.float()
-            self.known.update(zip(new, hidden, strict=True))
-        return torch.stack([self.known[c] for c in captions]).clone()
+        ids = self.tokenize(captions)
+        return torch.where(ids == 0, END, ids)
 
 
-def train(
-    folder: Path, seconds: float, pool: ScenePool, latents: Tensor, text_encoder: Any, max_steps: int = 20_000
-) -> Stage:
-    """Noise prediction (Ho et al. 2020, eq. 14, weighted) on ``latents`` ``[N, 4, 16, 16]`` of unit variance."""
+def is_hidden(name: str, weight: Tensor) -> bool:
+    """Whether Muon trains this weight: matrices and kernels, but neither embeddings nor the first and last layer."""
+    return weight.ndim >= 2 and not any(part in name for part in ("embedding", "conv_in", "conv_out"))
+
+
+def train(folder: Path, seconds: float, pool: ScenePool, latents: Tensor, max_steps: int = 20_000) -> Stage:
+    """v-prediction (Salimans & Ho 2022) on ``latents`` ``[N, 4, 16, 16]`` of unit variance.
+
+    The text tower learns along: what the UNet needs from the words is not what tells pictures apart, and a tower
+    trained for that alone keeps the shapes too close to each other.
+    """
     from diffusers.models.attention_processor import AttnProcessor
 
     torch.manual_seed(3)
-    model = build()
+    unet = build()
     # Plain matrix products: on CPUs a good deal faster to train than the fused attention, and the same on GPUs.
-    model.set_attn_processor(AttnProcessor())
-    run = Stage("unet", model, folder, seconds, max_steps, lr=1e-3, ema_decay=0.9985)
-    captions = Captions(text_encoder)
+    unet.set_attn_processor(AttnProcessor())
+    networks = nn.ModuleDict({"unet": unet, "text": text_tower.build()})
+    run = Stage("unet", networks, folder, seconds, max_steps, lr=1e-3, ema_decay=0.9985, muon=is_hidden)
+    captions = Captions()
     signal = alphas_cumprod()
-    weights = loss_weights(signal)
+    log_sigmas = ((1 - signal) / signal).sqrt().log()
 
     def loss(generator: torch.Generator) -> Tensor:
         which = torch.randint(len(latents), (BATCH,), generator=generator)
         x0 = latents[which]
-        t = torch.randint(len(signal), (BATCH,), generator=generator)
+        t = draw_timesteps(BATCH, log_sigmas, generator)
         noise = torch.randn(x0.shape, generator=generator)
         a = signal[t][:, None, None, None]
         x = a.sqrt() * x0 + (1 - a).sqrt() * noise
-        context = captions([training_caption(pool.scenes[i], generator, EMPTY_CAPTIONS) for i in which.tolist()])
-        eps = run.model(x.to(run.device), t.to(run.device), context.to(run.device)).sample
-        errors = F.mse_loss(eps.float(), noise.to(run.device), reduction="none").mean(dim=(1, 2, 3))
-        return (errors * weights[t].to(run.device)).mean()
+        v = a.sqrt() * noise - (1 - a).sqrt() * x0
+        ids = captions([training_caption(pool.scenes[i], generator, EMPTY_CAPTIONS) for i in which.tolist()])
+        context = networks["text"](ids.to(run.device)).last_hidden_state
+        predicted = unet(x.to(run.device), t.to(run.device), context).sample
+        return F.mse_loss(predicted.float(), v.to(run.device))
 
     run.run(loss)
     return run

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from .. import architecture
 from ..scenes import SIZE
 from .data import ScenePool
-from .stage import Stage
+from .stage import Stage, best_device
 
 KL_WEIGHT = 1e-4
 CROP, BATCH = 64, 16
@@ -24,6 +24,13 @@ def build() -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(**architecture.VAE)
+
+
+def load(folder: Path) -> Any:
+    """The autoencoder as it ships in ``folder``."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_pretrained(folder / "vae").float().to(best_device()).eval().requires_grad_(False)
 
 
 def stage(folder: Path, seconds: float, max_steps: int = 40_000) -> Stage:
