@@ -15,6 +15,7 @@ from torch import Tensor
 from .errors import InvalidImage, InvalidSchedule
 from .host import Parametrisation, add_noise
 from .masks import shrink_schedule
+from .schedule import step_of
 from .trajectory import Trajectory
 from .validation import check_latent, check_mask
 
@@ -104,11 +105,6 @@ class BlendRun:
         """Keep more: only what ``mask`` ``[B or 1, 1, h, w]`` (1 = edit) selects as well may change."""
         self.masks = [m * mask.to(m) for m in self.masks]
 
-    def step_of(self, sigma: float) -> int:
-        """The step whose interval holds ``sigma``: samplers of higher order also ask between the levels."""
-        above = int((self.sigmas >= sigma * (1 - 1e-5)).sum())
-        return min(max(above - 1, 0), len(self.sigmas) - 2)
-
     def background(self, sigma: float, like: Tensor) -> Tensor:
         """The source at noise level ``sigma``, ``[B or 1, C, h, w]``."""
         if sigma <= 0:
@@ -120,7 +116,7 @@ class BlendRun:
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """``x`` (a sampler's latent about to be denoised at ``sigma``) with its outside taken from the source."""
-        step = self.step_of(sigma)
+        step = step_of(self.sigmas, sigma)
         level = sigma
         if self.blend.level == "current" and step > 0:
             level = float(self.sigmas[step - 1])

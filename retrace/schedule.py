@@ -252,3 +252,12 @@ def truncate(sigmas: Tensor, strength: float) -> Tensor:
 def _shown(sigmas: Tensor) -> str:
     values = [f"{s:.4g}" for s in sigmas.tolist()]
     return ", ".join(values if len(values) <= 8 else [*values[:4], "...", *values[-3:]])
+
+
+def step_of(sigmas: Tensor, sigma: float) -> int:
+    """The step of ``sigmas`` (descending ``[N + 1]``) whose interval holds ``sigma``, 0..N-1.
+
+    Samplers of higher order also ask between the levels.
+    """
+    above = int((sigmas >= sigma * (1 - 1e-5)).sum())
+    return min(max(above - 1, 0), len(sigmas) - 2)

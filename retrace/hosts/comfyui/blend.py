@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import comfy.patcher_extension
-import torch
 from torch import Tensor
 
 from ...blending import Blend, BlendRun, Level, NoiseMode
@@ -15,8 +13,7 @@ from ...masks import latent_mask
 from ...trajectory import Trajectory
 from ...validation import check_latent, check_mask, describe
 from .host import ComfyHost
-
-_KEY = "retrace_blend"
+from .run_patch import RunPatch, SamplerCall
 
 
 def patch_blend(
@@ -74,61 +71,22 @@ def _on_grid(mask: Tensor, latent: Tensor, cell: int) -> Tensor:
     return latent_mask(mask, size=(height, width))
 
 
-class _Patch:
-    """The wrappers of one Blend Step. The state of a run hangs on its guider: runs side by side do not meet."""
+class _Patch(RunPatch):
+    """The wrappers of one Blend Step."""
+
+    key = "retrace_blend"
 
     def __init__(self, blend: Blend) -> None:
+        super().__init__()
         self.blend = blend
-        self.runs: dict[int, BlendRun] = {}
+        self.flow = blend.parametrisation == "flow"
 
-    def install(self, patcher: Any) -> None:
-        types = comfy.patcher_extension.WrappersMP
-        patcher.add_wrapper_with_key(types.SAMPLER_SAMPLE, _KEY, self.sample)
-        patcher.add_wrapper_with_key(types.PREDICT_NOISE, _KEY, self.predict)
-
-    def sample(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Around a whole run of a sampler."""
-        guider = args[0] if args else kwargs["model_wrap"]
-        sigmas: Tensor = args[1] if len(args) > 1 else kwargs["sigmas"]
-        noise: Tensor = args[4] if len(args) > 4 else kwargs["noise"]
-        # A copy, because some samplers (uni_pc) write into their list of sigmas.
-        run = self.blend.start(sigmas.clone(), noise)
-        denoise_mask: Tensor | None = args[6] if len(args) > 6 else kwargs.get("denoise_mask")
-        extra: dict[str, Any] = args[2] if len(args) > 2 else kwargs["extra_args"]
-        options = extra.get("model_options", {})
-        if denoise_mask is not None and "denoise_mask_function" not in options:
+    def begin(self, call: SamplerCall) -> BlendRun:
+        run = self.blend.start(call["sigmas"].clone(), call["noise"])
+        mask: Tensor | None = call["denoise_mask"]
+        if mask is not None and "denoise_mask_function" not in call["extra_args"].get("model_options", {}):
             # Core would hand the model a copy of the sampler's latent, so that writing to it had no effect: a latent's
             # noise mask joins ours instead. (A mask that changes over the steps, as Differential Diffusion's, stays.)
-            run.restrict(denoise_mask[:, :1])
-            if len(args) > 6:
-                args = (*args[:6], None, *args[7:])
-            else:
-                kwargs["denoise_mask"] = None
-        self.runs[id(guider)] = run
-        try:
-            samples: Tensor = executor(*args, **kwargs)
-        finally:
-            self.runs.pop(id(guider), None)
-        # A sampler that stops early gives back a noisy latent, which flow models also divide by 1 - sigma.
-        last = float(run.sigmas[-1])
-        rescale = 1 - last if self.blend.parametrisation == "flow" and 0 < last < 1 else 1.0
-        return run.finish(samples * rescale) / rescale
-
-    def predict(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Around every guided prediction. The sampler's own tensor is changed, so that its step starts from there."""
-        run = self.runs.get(id(executor.class_obj))
-        if run is not None:
-            x: Tensor = args[0] if args else kwargs["x"]
-            timestep: Tensor | float = args[1] if len(args) > 1 else kwargs["timestep"]
-            sigma = float(torch.as_tensor(timestep).max())
-            blended = run(x, sigma)
-            if x.requires_grad or (x.is_inference() and not torch.is_inference_mode_enabled()):
-                # Such a tensor must not be written. The model still sees the blend, and the end of the run is exact.
-                if args:
-                    args = (blended, *args[1:])
-                else:
-                    kwargs["x"] = blended
-            else:
-                x.copy_(blended)
-        result: Tensor = executor(*args, **kwargs)
-        return result
+            run.restrict(mask[:, :1])
+            call["denoise_mask"] = None
+        return run
