@@ -17,6 +17,8 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
+from .words import Prompt
+
 Parametrisation = Literal["eps", "v", "flow"]
 T = TypeVar("T")
 
@@ -120,7 +122,13 @@ class Host(Protocol):
         """A short digest of weights and configuration: equal for equal models."""
         ...
 
-    def encode_text(self, prompt: str) -> Any: ...
+    def encode_text(self, prompt: str | Sequence[str]) -> Any:
+        """The raw condition of one prompt, or of several, one for each image of a batch."""
+        ...
+
+    def read_prompts(self, prompts: Sequence[str]) -> list[Prompt]:
+        """The words of ``prompts`` and their places in what :meth:`encode_text` makes of all of them."""
+        ...
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Images ``[B, H, W, 3]`` in 0..1 to latents (posterior mean) ``[B, C, h, w]``."""

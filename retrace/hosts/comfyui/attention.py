@@ -67,6 +67,10 @@ class _Replacement:
         self.earlier = earlier
         self.moment = moment
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Replacement:
+        """Older cores copy model options deeply when a MODEL is cloned; a hook must stay the one that its owner has."""
+        return self
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]) -> Tensor:
         heads = self.layer.heads
         rows, _, height, width = extra["activations_shape"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import comfy.model_management
@@ -13,11 +13,13 @@ from torch import Tensor
 
 from ...errors import InvalidImage, RetraceError
 from ...host import Conditioning, Denoiser, Parametrisation
+from ...words import Prompt
 from . import gradients as gradient_modes
 from . import plain, sampling
 from .conditioning import ComfyConditioning
 from .denoiser import ComfyDenoiser
 from .fingerprint import fingerprint as model_fingerprint
+from .prompts import encode_prompts, read_prompts
 
 T = TypeVar("T")
 GRAPH_MEMORY = 3  # memory of a forward pass that is kept for backward, against one that is not
@@ -83,12 +85,18 @@ class ComfyHost:
         """A latent of the protocol as ``samples`` for a LATENT socket."""
         return self._format.process_out(latent)  # type: ignore[no-any-return]
 
-    def encode_text(self, prompt: str) -> Any:
-        """The prompt as CONDITIONING, with the syntax that core's text encode node understands."""
+    def encode_text(self, prompt: str | Sequence[str]) -> Any:
+        """The prompt as CONDITIONING, or several for the images of a batch, with the syntax of core's text encode."""
         clip = self._need("clip", "encode a prompt")
+        if not isinstance(prompt, str):
+            return encode_prompts(clip, prompt)
         with torch.inference_mode():
             cond = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
         return plain.change_tensors(cond, plain.alias)
+
+    def read_prompts(self, prompts: Sequence[str]) -> list[Prompt]:
+        """The words of ``prompts`` and their places in what :meth:`encode_text` makes of all of them."""
+        return read_prompts(self._need("clip", "read a prompt"), prompts)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Images ``[B, H, W, 3]`` in 0..1 to latents (posterior mean) ``[B, C, h, w]``.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import InvalidImage, UnsupportedModel, is_out_of_memory
 from ...host import Conditioning, Denoiser, Parametrisation
+from ...words import Prompt
 from .denoiser import ProgressCallback, UNetDenoiser, detached, prepare
 from .loading import Parts, load_parts
 from .noise_schedule import SCHEDULERS, NoiseSchedule
@@ -129,6 +130,10 @@ class DiffusersHost:
         """
         with torch.inference_mode(False):
             return self._text([prompt] if isinstance(prompt, str) else prompt)
+
+    def read_prompts(self, prompts: Sequence[str]) -> list[Prompt]:
+        """The words of ``prompts`` and their places in what :meth:`encode_text` makes of all of them."""
+        return self._text.read(prompts)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Images ``[B, H, W, 3]`` in 0..1 to latents (posterior mean) ``[B, C, h, w]``.

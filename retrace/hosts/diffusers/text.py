@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...words import Prompt, read_prompt
+
 # A word of at least this many tokens may be broken between two chunks; a shorter one moves to the next chunk whole.
 _LONG_WORD = 8
 
@@ -86,6 +88,19 @@ class TextEncoder:
             pooled = pooled[:: len(pooled) // len(prompts)].float()  # those of the first chunks
         # Two encoders may cut a prompt differently only if their vocabularies differ, which those of SDXL do not.
         return TextCondition(torch.cat(embeddings, -1), pooled)
+
+    def read(self, prompts: Sequence[str]) -> list[Prompt]:
+        """The words of the prompts, as they stand in the embeddings of one call with all of them."""
+        tokenizer = self.tokenizers[0]
+        rows = self._rows(tokenizer, prompts, self.encoders[0].config.max_position_embeddings)
+        chunks = len(rows) // len(prompts)
+        special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        read = []
+        for number, text in enumerate(prompts):
+            ids = [token for row in rows[number * chunks : (number + 1) * chunks] for token in row]
+            pieces = tokenizer.convert_ids_to_tokens(ids)
+            read.append(read_prompt(text, [None if i in special else p for i, p in zip(ids, pieces, strict=True)]))
+        return read
 
     @staticmethod
     def _rows(tokenizer: Any, prompts: Sequence[str], length: int) -> list[list[int]]:

@@ -1,0 +1,219 @@
+"""Prompt-to-Prompt: the attention maps of a source prompt hold the layout of what other prompts change.
+
+Hertz et al. 2023, "Prompt-to-Prompt Image Editing with Cross Attention Control" (arXiv 2208.01626), section 3. The
+source and its targets are images of one batch, the source first. While they are denoised together, the targets take
+over cross-attention maps of the source (through a :class:`~retrace.prompt_to_prompt.alignment.TokenMap`) and its
+self-attention maps, each during a window of the steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..errors import RetraceError
+from ..host import AttentionCall
+from ..words import Prompt
+from .alignment import Mode, TokenMap, token_map
+from .local_blend import LocalBlend, WordMaps
+
+Window = tuple[float, float]
+"""Shares of the steps, from and to: (0, 0.8) are the first 80 % of them."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One edit of the source prompt.
+
+    ``windows`` ``[T, 2]`` are the shares of the steps during which the map of a token is edited: taken from the source,
+    and multiplied by its ``weights`` ``[T]`` (attention re-weighting, eq. 5; negative numbers push a word out).
+    """
+
+    prompt: Prompt
+    tokens: TokenMap
+    windows: Tensor
+    weights: Tensor
+
+    def factors(self, step: int, steps: int) -> tuple[Tensor, Tensor]:
+        """What the map of each token is made of at ``step`` of ``steps``: how much of the source's mapped one, and how
+        much of its own, both ``[T]``."""
+        # The reference's table has steps + 1 rows, one more than a DDIM sampler asks for.
+        first, last = (self.windows * (steps + 1)).int().unbind(-1)
+        edited = ((step >= first) & (step < last)).float()
+        taken = self.tokens.taken
+        return taken * self.weights * edited, (1 - taken) * self.weights * edited + (1 - edited)
+
+
+@dataclass(frozen=True)
+class PromptToPrompt:
+    """What to do with the attention of a batch ``[source, target, target ...]``; :meth:`start` begins a run.
+
+    ``self_replace`` is the window of the self-attention maps, in layers of at most ``self_limit`` x ``self_limit``
+    queries. ``blend`` keeps everything but what the given words attend to.
+    """
+
+    source: Prompt
+    targets: tuple[Target, ...]
+    self_replace: Window = (0.0, 0.4)
+    self_limit: int = 32
+    blend: LocalBlend | None = None
+
+    @property
+    def prompts(self) -> int:
+        return 1 + len(self.targets)
+
+    def start(self, steps: int) -> Controller:
+        """The state of one sampling run of ``steps`` steps."""
+        return Controller(self, steps)
+
+
+def plan(
+    source: Prompt,
+    targets: Sequence[Prompt],
+    *,
+    mode: Mode = "replace",
+    cross_replace: Window = (0.0, 0.8),
+    word_windows: Mapping[str, Window] | None = None,
+    self_replace: Window = (0.0, 0.4),
+    self_limit: int = 32,
+    weights: Mapping[str, float] | None = None,
+    blend: LocalBlend | None = None,
+    parity: bool = False,
+) -> PromptToPrompt:
+    """Settle an edit from words.
+
+    A word of ``weights`` or ``word_windows`` must be in at least one target; it counts in each that has it. Windows are
+    shares of the steps; that of a word replaces ``cross_replace`` for its tokens. Embeddings of all prompts must be
+    equally long.
+
+    Raises:
+        RetraceError: a word that no target has (lists their words), a window outside 0..1, no target, or what
+            :func:`token_map` refuses.
+    """
+    if not targets:
+        raise RetraceError("Prompt-to-Prompt needs at least one target prompt beside the source.")
+    for window in (cross_replace, self_replace, *(word_windows or {}).values()):
+        if not 0 <= window[0] <= window[1] <= 1:
+            raise RetraceError(
+                f"A window reaches from {window[0]:g} to {window[1]:g}; it needs two shares of the steps in order, "
+                "between 0 and 1."
+            )
+    for phrase in {**(word_windows or {}), **(weights or {})}:
+        if not any(target.has(phrase) for target in targets):
+            targets[0].find(phrase)  # raises, and lists the words
+    made = []
+    for target in targets:
+        windows = torch.tensor(cross_replace).repeat(target.length, 1)
+        for phrase, window in (word_windows or {}).items():
+            if target.has(phrase):
+                windows[list(target.find(phrase))] = torch.tensor(window)
+        factors = torch.ones(target.length)
+        for phrase, factor in (weights or {}).items():
+            if not math.isfinite(factor):
+                raise RetraceError(f"The weight of '{phrase}' is {factor}; it needs a finite number.")
+            if target.has(phrase):
+                factors[list(target.find(phrase))] = factor
+        made.append(Target(target, token_map(source, target, mode, parity), windows, factors))
+    return PromptToPrompt(source, tuple(made), self_replace, self_limit, blend)
+
+
+@dataclass
+class Controller:
+    """An :class:`~retrace.host.AttentionHook` for one run. ``step`` is the step that runs; set it as the run goes on.
+
+    ``positive`` is the number of the condition whose rows are edited (:attr:`Row.cond`); all other rows pass untouched.
+    """
+
+    edit: PromptToPrompt
+    steps: int
+    positive: int = 0
+    step: int = 0
+    enabled: bool = True
+    maps: WordMaps | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        if self.edit.blend is not None and self.maps is None:
+            self.maps = WordMaps(self.edit.blend)
+        self._tables: dict[tuple[int, torch.device, torch.dtype], list[tuple[Tensor, Tensor, Tensor]]] = {}
+
+    def __call__(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        groups = self._groups(call) if self.enabled else []
+        if not groups:
+            return call.attend(q, k, v)
+        if call.kind == "self":
+            if not self._self_is_replaced(q.shape[2]):
+                return call.attend(q, k, v)
+            # A map is made of queries and keys: with those of the source a target has the map of the source.
+            order = list(range(len(q)))
+            for rows in groups:
+                for row in rows[1:]:
+                    order[row] = rows[0]
+            return call.attend(q[order], k[order], v)
+        out = call.attend(q, k, v)
+        k, v = self._once(k, groups[0]), v[:, :, : self.edit.source.length]
+        if self.maps is None and not self._cross_is_edited():
+            return out
+        out = out.clone()
+        for rows in groups:
+            own = (q[rows] @ k[rows].transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1, dtype=torch.float32)
+            edited = self._edit_maps(own)
+            # As a difference, so that what other patches add to this layer (IP-Adapter ...) stays.
+            out[rows[1:]] += ((edited[1:] - own[1:]).to(v.dtype) @ v[rows[1:]]).to(out.dtype)
+            if self.maps is not None:
+                self.maps.add(call, edited)
+        return out
+
+    def _groups(self, call: AttentionCall) -> list[list[int]]:
+        """Numbers of the batch rows to edit, source first; one list for each entry of the condition."""
+        rows = [n for n, row in enumerate(call.rows) if row.cond == self.positive]
+        count = self.edit.prompts
+        images = [call.rows[n].image for n in rows]
+        if len(rows) % count or images != list(range(count)) * (len(rows) // count):
+            raise RetraceError(
+                f"Prompt-to-Prompt has {count} prompts (the source first), but the sampler works on a batch of "
+                f"{max(images, default=-1) + 1}. Give it one latent for each prompt: connect the LATENT output of "
+                "'Prompt-to-Prompt' to the sampler."
+            )
+        return [rows[n : n + count] for n in range(0, len(rows), count)]
+
+    def _once(self, k: Tensor, rows: list[int]) -> Tensor:
+        """Keys with every token once: ComfyUI repeats the tokens of a prompt that shares a batch with a longer one."""
+        length = self.edit.source.length
+        if k.shape[2] == length:
+            return k
+        own, times = k[rows, :, :length], k.shape[2] // length
+        if k.shape[2] % length or not torch.equal(k[rows], own.repeat(1, 1, times, 1)):
+            raise RetraceError(
+                f"The model attends to {k.shape[2]} tokens, but the prompts of Prompt-to-Prompt have {length}. Sample "
+                "with the positive conditioning of that node."
+            )
+        return k[:, :, :length]
+
+    def _self_is_replaced(self, queries: int) -> bool:
+        first, last = (int(share * self.steps) for share in self.edit.self_replace)
+        return first <= self.step < last and queries <= self.edit.self_limit**2
+
+    def _cross_is_edited(self) -> bool:
+        return any(bool((target.factors(self.step, self.steps)[1] != 1).any()) for target in self.edit.targets)
+
+    def _edit_maps(self, own: Tensor) -> Tensor:
+        """Maps ``[P, heads, N, T]`` as they shall be: eq. 4 (replace), its refinement, and eq. 5 (re-weighting)."""
+        edited = [own[:1]]
+        for (mapper, of_source, of_own), target in zip(self._table(own), own[1:], strict=True):
+            edited.append(((own[0] @ mapper) * of_source + target * of_own)[None])
+        return torch.cat(edited)
+
+    def _table(self, like: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Mapper and factors of every target at this step, on the device of ``like``."""
+        key = (self.step, like.device, like.dtype)
+        if key not in self._tables:
+            tables = []
+            for target in self.edit.targets:
+                of_source, of_own = target.factors(self.step, self.steps)
+                tables.append((target.tokens.mapper.to(like), of_source.to(like), of_own.to(like)))
+            self._tables = {key: tables}
+        return self._tables[key]

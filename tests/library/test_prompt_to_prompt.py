@@ -1,0 +1,284 @@
+"""Prompt-to-Prompt without a model: which map goes where, when, and what a local blend leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from retrace import prompt_to_prompt as p2p
+from retrace.errors import RetraceError
+from retrace.host import AttentionCall, Row
+from retrace.prompt_to_prompt.alignment import align
+from retrace.proximal import Proximal
+from retrace.words import Prompt, read_prompt
+
+LENGTH = 77
+
+
+def prompt(text: str, length: int = LENGTH) -> Prompt:
+    """``|`` marks where CLIP would cut a word."""
+    cut = [part.split("|") for part in text.split()]
+    middle = [piece + ("</w>" if piece is word[-1] else "") for word in cut for piece in word]
+    return read_prompt(text.replace("|", ""), [None, *middle, *[None] * (length - 1 - len(middle))])
+
+
+def attention(call: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def call(kind: str, rows: Sequence[Row], side: int = 4) -> AttentionCall:
+    return AttentionCall(kind, "up.0", 0, side, side, tuple(rows), 1.0, F.scaled_dot_product_attention)  # type: ignore[arg-type]
+
+
+def maps(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+
+
+class TestAlignment:
+    @pytest.mark.parametrize(
+        ("source", "target", "substitute", "pairs"),
+        [
+            ("a cat", "a dog", True, [(0, 0), (1, 1)]),
+            ("a cat", "a dog", False, [(0, 0)]),
+            ("a cat", "a fluffy dog", True, [(0, 0), (1, 2)]),
+            ("a red cat", "a cat", True, [(0, 0), (2, 1)]),
+            ("", "a cat", True, []),
+            ("a cat on a mat", "a dog on a mat in rain", True, [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)]),
+        ],
+    )
+    def test_words_find_their_partners(
+        self, source: str, target: str, substitute: bool, pairs: list[tuple[int, int]]
+    ) -> None:
+        assert align(source.split(), target.split(), substitute) == pairs
+
+    def test_equal_prompts_share_everything(self) -> None:
+        for mode in p2p.MODES:
+            for parity in (False, True):
+                found = p2p.token_map(prompt("a cat on sand"), prompt("a cat on sand"), mode, parity)
+                assert torch.equal(found.mapper, torch.eye(LENGTH))
+                assert torch.equal(found.taken, torch.ones(LENGTH))
+
+    def test_one_token_becomes_two_and_the_rest_moves_along(self) -> None:
+        source, target = prompt("a cat on grass"), prompt("a chi|huahua on grass")
+        mapper = p2p.token_map(source, target).mapper
+        assert mapper[2, 2] == mapper[2, 3] == 0.5
+        assert mapper[3, 4] == mapper[4, 5] == 1  # on, grass
+        assert mapper[5, 6] == 1  # the end token
+        assert torch.equal(mapper[:-1].sum(1), torch.ones(LENGTH - 1))  # what all get of a pixel is what there was
+
+    def test_the_reference_loses_its_place_there(self) -> None:
+        """Its mapper takes (j, j) behind the last changed word: 'on' gets the map of 'grass'."""
+        source, target = prompt("a cat on grass"), prompt("a chi|huahua on grass")
+        mapper = p2p.token_map(source, target, "replace", parity=True).mapper
+        assert mapper[4, 4] == 1 and mapper[3].sum() == 0
+
+    def test_new_words_keep_their_own_map(self) -> None:
+        source, target = prompt("a cat on sand"), prompt("a silver cat statue on sand")
+        for parity in (False, True):
+            found = p2p.token_map(source, target, "refine", parity)
+            assert found.taken[:8].tolist() == [1, 1, 0, 1, 0, 1, 1, 1]
+            assert found.mapper[2, 3] == found.mapper[4, 6] == 1
+
+    def test_refine_does_not_put_one_word_in_the_place_of_another(self) -> None:
+        found = p2p.token_map(prompt("a cat on sand"), prompt("a dog on sand"), "refine")
+        assert found.taken[2] == 0 and found.taken[3] == 1
+
+    def test_chunks_start_alike(self) -> None:
+        pieces = [None, "cat</w>", *[None] * 75]
+        source = read_prompt("cat", [*pieces, *[None] * 77])
+        target = read_prompt("cat cat", [*pieces, *pieces])
+        found = p2p.token_map(source, target)
+        assert found.mapper[0, 0] == found.mapper[77, 77] == 1
+
+    def test_the_reference_wants_equally_many_words(self) -> None:
+        with pytest.raises(RetraceError, match=r"has 2 words and .* has 3"):
+            p2p.token_map(prompt("a cat"), prompt("a fat cat"), "replace", parity=True)
+
+
+class TestPlan:
+    def test_windows_are_those_of_the_reference(self) -> None:
+        """int(share * (steps + 1)) of its table: 0.8 of 50 are 40 steps, 0.4 are 20, 1 is all."""
+        for share, steps in ((0.8, 40), (0.4, 20), (1.0, 50), (0.0, 0)):
+            edit = p2p.plan(prompt("a cat"), [prompt("a dog")], cross_replace=(0.0, share))
+            on = [bool(edit.targets[0].factors(i, 50)[0].any()) for i in range(50)]
+            assert sum(on) == steps and all(on[:steps])
+
+    def test_a_word_has_a_window_of_its_own(self) -> None:
+        edit = p2p.plan(prompt("a cat on sand"), [prompt("a dog on sand")], word_windows={"dog": (0.0, 0.2)})
+        late, _ = edit.targets[0].factors(20, 50)
+        assert late[2] == 0 and late[3] == 1
+
+    def test_weights_fall_on_every_target_that_has_the_word(self) -> None:
+        edit = p2p.plan(prompt("a cat"), [prompt("a red cat"), prompt("a cat")], weights={"red": -2.0})
+        assert edit.targets[0].weights[2] == -2 and (edit.targets[1].weights == 1).all()
+
+    @pytest.mark.parametrize("settings", [{"weights": {"dig": 2.0}}, {"word_windows": {"dig": (0.0, 1.0)}}])
+    def test_a_word_that_is_nowhere_is_an_error(self, settings: dict[str, Any]) -> None:
+        with pytest.raises(RetraceError, match=r"'dig' is not in the prompt 'a dog'.*'a', 'dog'"):
+            p2p.plan(prompt("a cat"), [prompt("a dog")], **settings)
+
+    def test_what_cannot_be(self) -> None:
+        with pytest.raises(RetraceError, match="at least one target"):
+            p2p.plan(prompt("a cat"), [])
+        with pytest.raises(RetraceError, match="between 0 and 1"):
+            p2p.plan(prompt("a cat"), [prompt("a dog")], self_replace=(0.5, 0.2))
+        with pytest.raises(RetraceError, match="finite"):
+            p2p.plan(prompt("a cat"), [prompt("a dog")], weights={"dog": float("nan")})
+
+    def test_the_report_says_who_takes_whose_place(self) -> None:
+        edit = p2p.plan(prompt("a red cat"), [prompt("a blue cat there")], weights={"blue": 2.0})
+        text = p2p.describe_edit(edit)
+        assert "blue in place of red, weight 2 (0% to 80%)" in text and "there: new" in text
+        assert "gone: red" in p2p.describe_edit(p2p.plan(prompt("a red cat"), [prompt("a cat")]))
+
+
+class TestController:
+    ROWS = (Row(0, 0), Row(0, 1), Row(1, 0), Row(1, 1))
+
+    def run(self, edit: Any, kind: str, step: int, keys: int, rows: Sequence[Row] | None = None) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        rows = rows or self.ROWS
+        q = torch.randn(len(rows), 2, 16, 8, generator=generator)
+        k, v = (torch.randn(len(rows), 2, keys, 8, generator=generator) for _ in range(2))
+        controller = edit.start(50)
+        controller.step = step
+        return controller(call(kind, rows), q, k, v), q, k, v
+
+    def test_a_target_gets_the_maps_of_the_source_through_the_mapper(self) -> None:
+        edit = p2p.plan(prompt("a cat on sand"), [prompt("a dog on sand now")])
+        out, q, k, v = self.run(edit, "cross", 0, LENGTH)
+        own = maps(q, k)
+        tokens = edit.targets[0].tokens
+        expected = own[0] @ tokens.mapper * tokens.taken + own[1] * (1 - tokens.taken)
+        torch.testing.assert_close(out[1], expected @ v[1], rtol=1e-5, atol=1e-5)
+        for untouched in (0, 2, 3):
+            torch.testing.assert_close(out[untouched], own[untouched] @ v[untouched], rtol=1e-5, atol=1e-5)
+
+    def test_the_order_of_the_rows_does_not_matter(self) -> None:
+        edit = p2p.plan(prompt("a cat"), [prompt("a dog")])
+        rows = [Row(1, 0), Row(1, 1), Row(0, 0), Row(0, 1)]
+        out, q, k, v = self.run(edit, "cross", 0, LENGTH, rows)
+        torch.testing.assert_close(out[3], maps(q, k)[2] @ v[3], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out[1], maps(q, k)[1] @ v[1], rtol=1e-5, atol=1e-5)
+
+    def test_weights_multiply_the_map_of_old_and_new_words(self) -> None:
+        source, target = prompt("a cat"), prompt("a cat asleep")
+        edit = p2p.plan(source, [target], mode="refine", weights={"cat": -3.0, "asleep": 2.0})
+        out, q, k, v = self.run(edit, "cross", 39, LENGTH)
+        own = maps(q, k)
+        expected = own[0] @ edit.targets[0].tokens.mapper
+        expected[..., 2] *= -3
+        expected[..., 3] = 2 * own[1][..., 3]
+        torch.testing.assert_close(out[1], expected @ v[1], rtol=1e-5, atol=1e-5)
+        later, q, k, v = self.run(edit, "cross", 40, LENGTH)
+        torch.testing.assert_close(later[1], maps(q, k)[1] @ v[1], rtol=1e-5, atol=1e-5)
+
+    def test_self_attention_has_the_layout_of_the_source_and_its_own_values(self) -> None:
+        edit = p2p.plan(prompt("a cat"), [prompt("a dog")], self_replace=(0.0, 0.4))
+        out, q, k, v = self.run(edit, "self", 19, 16)
+        torch.testing.assert_close(out[1], maps(q, k)[0] @ v[1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out[3], maps(q, k)[3] @ v[3], rtol=1e-5, atol=1e-5)
+        later, q, k, v = self.run(edit, "self", 20, 16)
+        torch.testing.assert_close(later[1], maps(q, k)[1] @ v[1], rtol=1e-5, atol=1e-5)
+
+    def test_large_layers_keep_their_own_self_attention(self) -> None:
+        edit = p2p.plan(prompt("a cat"), [prompt("a dog")], self_limit=3)
+        out, q, k, v = self.run(edit, "self", 0, 16)
+        torch.testing.assert_close(out[1], maps(q, k)[1] @ v[1], rtol=1e-5, atol=1e-5)
+
+    def test_what_other_patches_add_stays(self) -> None:
+        edit = p2p.plan(prompt("a cat"), [prompt("a dog")])
+        q, k, v = torch.randn(2, 2, 16, 8), torch.randn(2, 2, LENGTH, 8), torch.randn(2, 2, LENGTH, 8)
+        rows = (Row(0, 0), Row(0, 1))
+        plain = edit.start(50)(call("cross", list(rows)), q, k, v)
+        patched = AttentionCall(
+            "cross", "up.0", 0, 4, 4, rows, 1.0, lambda *a: F.scaled_dot_product_attention(*a) + 7.0
+        )
+        torch.testing.assert_close(edit.start(50)(patched, q, k, v), plain + 7, rtol=1e-5, atol=1e-5)
+
+    def test_tokens_that_are_repeated_for_a_longer_negative_count_once(self) -> None:
+        edit = p2p.plan(prompt("a cat"), [prompt("a dog")])
+        q, k, v = torch.randn(2, 2, 16, 8), torch.randn(2, 2, LENGTH, 8), torch.randn(2, 2, LENGTH, 8)
+        rows = [Row(0, 0), Row(0, 1)]
+        once = edit.start(50)(call("cross", rows), q, k, v)
+        twice = edit.start(50)(call("cross", rows), q, k.repeat(1, 1, 2, 1), v.repeat(1, 1, 2, 1))
+        torch.testing.assert_close(twice, once, rtol=1e-5, atol=1e-5)
+
+    def test_another_batch_is_an_error_that_says_what_to_connect(self) -> None:
+        edit = p2p.plan(prompt("a cat"), [prompt("a dog"), prompt("a hen")])
+        with pytest.raises(RetraceError, match=r"has 3 prompts .* batch of 2.*LATENT output"):
+            self.run(edit, "cross", 0, LENGTH)
+
+    def test_another_conditioning_is_an_error(self) -> None:
+        edit = p2p.plan(prompt("a cat"), [prompt("a dog")])
+        with pytest.raises(RetraceError, match="attends to 154 tokens"):
+            self.run(edit, "cross", 0, 154)
+
+
+class TestLocalBlend:
+    def recorded(self, words: str, subtract: str = "") -> Any:
+        """Source and target attend with token 2 to the left column, with token 4 to the upper row."""
+        prompts = [prompt("a cat on sand"), prompt("a dog on sand")]
+        blend = p2p.local_blend(prompts, p2p.parse_words(words), p2p.parse_words(subtract), 0.3, 0.2)
+        assert blend is not None
+        kept = p2p.WordMaps(blend)
+        seen = torch.zeros(2, 2, 256, LENGTH)
+        seen.view(2, 2, 16, 16, LENGTH)[:, :, :, 0, 2] = 1.0
+        seen.view(2, 2, 16, 16, LENGTH)[:, :, 0, :, 4] = 1.0
+        kept.add(call("cross", [Row(0, 0), Row(0, 1)], 16), seen)
+        return kept
+
+    def test_the_mask_is_the_words_region_one_cell_wider(self) -> None:
+        mask = self.recorded("cat, dog").mask(16, 16)
+        expected = torch.zeros(16, 16)
+        expected[:, :2] = 1  # 3 x 3 maximum
+        assert torch.equal(mask[1, 0], expected)
+
+    def test_words_to_keep_are_cut_out(self) -> None:
+        mask = self.recorded("cat, dog", "sand").mask(16, 16)[1, 0]
+        assert mask[0].sum() == 0 and mask[1:, :2].min() == 1
+
+    def test_it_grows_to_the_latent(self) -> None:
+        mask = self.recorded("cat, dog").mask(64, 32)[1, 0]
+        assert mask[:, :4].min() == 1 and mask[:, 4:].max() == 0
+
+    def test_before_its_start_nothing_is_blended(self) -> None:
+        kept, x = self.recorded("cat, dog"), torch.randn(2, 4, 16, 16)
+        assert torch.equal(kept.blend_latents(x, 10, 50), x)
+        after = kept.blend_latents(x, 11, 50)
+        assert torch.equal(after[0], x[0])
+        torch.testing.assert_close(after[1, :, :, 2:], x[0, :, :, 2:])
+        torch.testing.assert_close(after[1, :, :, :2], x[1, :, :, :2])
+
+    def test_words_that_are_nowhere(self) -> None:
+        prompts = [prompt("a cat"), prompt("a dog")]
+        assert p2p.local_blend(prompts, []) is None
+        with pytest.raises(RetraceError, match="'hen' is not in the prompt 'a cat'"):
+            p2p.local_blend(prompts, ["hen"])
+        with pytest.raises(RetraceError, match="none that may change"):
+            p2p.local_blend(prompts, [], ["cat"])
+
+
+class TestProximal:
+    def test_small_changes_vanish_and_large_ones_stay(self) -> None:
+        change = torch.arange(1.0, 11.0).view(1, 1, 2, 5) * torch.tensor([1.0, -1, 1, -1, 1])
+        hard = Proximal(0.7).shrink(change)
+        assert hard.flatten().tolist() == [0, 0, 0, 0, 0, 0, 0, 0, -9, 10]
+        soft = Proximal(0.7, "soft").shrink(change)
+        assert soft.flatten()[-2:].tolist() == [-1, 2]
+        assert torch.equal(Proximal(0.0).shrink(change), change)
+
+    def test_every_image_has_its_own_threshold(self) -> None:
+        change = torch.stack([torch.arange(4.0), 100 * torch.arange(4.0)]).view(2, 1, 2, 2) + 1
+        kept = Proximal(0.5).shrink(change)
+        assert ((kept > 0).sum(dim=(1, 2, 3)) == 1).all()
+
+    def test_settings(self) -> None:
+        with pytest.raises(RetraceError, match="quantile"):
+            Proximal(1.0)
+        with pytest.raises(RetraceError, match="'l7'"):
+            Proximal(0.5, "l7")  # type: ignore[arg-type]
