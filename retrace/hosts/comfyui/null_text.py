@@ -81,6 +81,11 @@ def optimise(
         RetraceError: that list has several entries or a time range, or what the library raises.
     """
     trajectory.require_model(host.fingerprint())
+    if trajectory.method == "edit_friendly":
+        raise TrajectoryMismatch(
+            "The inversion is that of an 'Edit-friendly Inverter', whose latents are not points of one path, so there "
+            "is nothing to come back along. Connect a 'DDIM Inverter'."
+        )
     prompt = mode in ("prompt", "prompt_no_pivot")
     _one_entry("positive" if prompt else "negative", positive if prompt else negative)
     _entries("negative" if prompt else "positive", negative if prompt else positive)
