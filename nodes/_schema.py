@@ -14,6 +14,9 @@ _SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 Trajectory = io.Custom("RETRACE_TRAJECTORY")
 """Socket of :class:`retrace.trajectory.Trajectory`."""
 
+ImageText = io.Custom("RETRACE_CLIP")
+"""Socket of :class:`retrace.clip.ImageTextModel`."""
+
 
 def schema(family: str, **fields: Any) -> io.Schema:
     """An ``io.Schema`` in the menu ``Retrace/<family>``, without the fields that this ComfyUI does not have."""

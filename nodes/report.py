@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from typing import Any
+
 import torch
 from comfy_api.latest import io, ui
 
+from ..retrace.clip import ImageTextModel
 from ..retrace.metrics import edit_report
 from ._errors import reports_errors
-from ._schema import schema
+from ._schema import ImageText, schema
 
 
 class EditReportNode(io.ComfyNode):
@@ -19,7 +24,7 @@ class EditReportNode(io.ComfyNode):
             display_name="Edit Report",
             description="Compares an edit with its source: PSNR, SSIM and (on request) LPIPS, inside and outside the "
             "mask, and whether the background is still identical in 8 bits.",
-            search_aliases=["psnr", "ssim", "lpips", "compare images", "metrics"],
+            search_aliases=["psnr", "ssim", "lpips", "compare images", "metrics", "clip score", "structure distance"],
             is_output_node=True,
             inputs=[
                 io.Image.Input("edited", tooltip="The picture after the edit."),
@@ -30,6 +35,23 @@ class EditReportNode(io.ComfyNode):
                     default=False,
                     tooltip="Also measure LPIPS. Needs the package 'lpips' and the AlexNet weights in torch's cache.",
                 ),
+                ImageText.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="From 'Load CLIP (Retrace)': also measure how well the edit shows the prompt, and whether "
+                    "the layout is still that of the source.",
+                ),
+                io.String.Input(
+                    "prompt",
+                    default="",
+                    optional=True,
+                    tooltip="What the edit should show, in words, for the CLIP score. Empty: no CLIP score.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="Measures the layout (structure distance) instead of the CLIP; DINOv2 does that best.",
+                ),
             ],
             outputs=[
                 io.String.Output("text", display_name="text", tooltip="The report as a table."),
@@ -39,7 +61,22 @@ class EditReportNode(io.ComfyNode):
 
     @classmethod
     @reports_errors("Edit Report")
-    def execute(cls, edited: torch.Tensor, source: torch.Tensor, mask: torch.Tensor, lpips: bool) -> io.NodeOutput:
-        report = edit_report(edited, source, mask, lpips=lpips)
+    def execute(
+        cls,
+        edited: torch.Tensor,
+        source: torch.Tensor,
+        mask: torch.Tensor,
+        lpips: bool,
+        clip: ImageTextModel | None = None,
+        prompt: str = "",
+        clip_vision: Any = None,
+    ) -> io.NodeOutput:
+        from ..retrace.hosts.comfyui.image_text import on_compute_device, vision_tokens
+
+        tokens = clip.visual_tokens if clip is not None and clip.has_tokens else None
+        if clip_vision is not None:
+            tokens = functools.partial(vision_tokens, clip_vision)
+        with contextlib.nullcontext() if clip is None else on_compute_device(clip):
+            report = edit_report(edited, source, mask, lpips=lpips, clip=clip, prompt=prompt, tokens=tokens)
         text = report.text()
         return io.NodeOutput(text, report.json(), ui=ui.PreviewText(text))
