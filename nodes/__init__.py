@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .attention_mask import AttentionMask
 from .blending import BlendStep, PasteBackground
+from .clip import LoadCLIP
+from .edit_friendly import EditFriendlyInverter
 from .inversion import DDIMInverter
 from .inversion_files import LoadInversion, SaveInversion
 from .masks import MaskPrecisionBlur
 from .null_text import NullTextOptimizer
 from .pebble import LoadPebble, PebbleScene
+from .prompt_to_prompt import DirectInversion, PromptToPromptNode, ProximalGuidance
 from .report import EditReportNode
 from .schedule import ReferenceSchedule
 
@@ -17,14 +21,20 @@ NODES: list[type[io.ComfyNode]] = [
     LoadPebble,
     PebbleScene,
     DDIMInverter,
+    EditFriendlyInverter,
     SaveInversion,
     LoadInversion,
     NullTextOptimizer,
+    PromptToPromptNode,
+    DirectInversion,
+    ProximalGuidance,
+    AttentionMask,
     ReferenceSchedule,
     BlendStep,
     PasteBackground,
     MaskPrecisionBlur,
     EditReportNode,
+    LoadCLIP,
 ]
 
 

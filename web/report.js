@@ -2,7 +2,14 @@
 // renderers of the frontend draw.
 import { app } from "../../scripts/app.js"
 
-const REPORTING = new Set(["RetraceDDIMInverter", "RetraceNullTextOptimizer", "RetraceEditReport"])
+const REPORTING = new Set([
+  "RetraceDDIMInverter",
+  "RetraceNullTextOptimizer",
+  "RetraceEditFriendlyInverter",
+  "RetracePromptToPrompt",
+  "RetraceAttentionMask",
+  "RetraceEditReport",
+])
 
 function addReport(node) {
   const element = document.createElement("pre")

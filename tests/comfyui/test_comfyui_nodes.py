@@ -19,11 +19,17 @@ NODES = {
     "RetraceSaveInversion": ["STRING"],
     "RetraceLoadInversion": ["LATENT", "RETRACE_TRAJECTORY", "SIGMAS"],
     "RetraceNullTextOptimizer": ["CONDITIONING", "CONDITIONING", "LATENT", "STRING"],
+    "RetraceEditFriendlyInverter": ["LATENT", "RETRACE_TRAJECTORY", "SIGMAS", "SAMPLER", "STRING"],
+    "RetracePromptToPrompt": ["MODEL", "CONDITIONING", "LATENT", "STRING"],
+    "RetraceDirectInversion": ["MODEL"],
+    "RetraceProximalGuidance": ["MODEL"],
+    "RetraceAttentionMask": ["MASK", "IMAGE", "STRING"],
     "RetraceReferenceSchedule": ["SIGMAS"],
     "RetraceBlendStep": ["MODEL"],
     "RetracePasteBackground": ["IMAGE"],
     "RetraceMaskPrecisionBlur": ["MASK"],
     "RetraceEditReport": ["STRING", "STRING"],
+    "RetraceLoadCLIP": ["RETRACE_CLIP"],
 }
 LANGUAGES = ("en", "ko", "zh")
 

@@ -1,0 +1,79 @@
+"""Attention Mask: the region of a word, from the model's own attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..retrace.errors import InvalidFile
+from ..retrace.trajectory import Trajectory as TrajectoryData
+from ..retrace.validation import describe
+from ..retrace.words import parse_words
+from ._errors import reports_errors
+from ._schema import Trajectory, schema
+
+
+class AttentionMask(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "prompts",
+            node_id="RetraceAttentionMask",
+            display_name="Attention Mask",
+            description="Makes a mask of what a word of the prompt shows in a photo, from the model's cross-attention "
+            "along the inversion. For 'Blend Step' or any inpainting graph, and to look at the maps themselves.",
+            search_aliases=["word mask", "cross attention map", "daam", "text mask", "segment"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that inverted the picture."),
+                io.Clip.Input("clip", tooltip="The text encoder of the model."),
+                Trajectory.Input("trajectory", tooltip="The inversion of the picture. Batches work."),
+                io.String.Input(
+                    "prompt", multiline=True, dynamic_prompts=False, tooltip="The words for the picture as it is."
+                ),
+                io.String.Input(
+                    "words",
+                    default="",
+                    tooltip="The words of the prompt to find, separated by commas. Empty: all of them.",
+                ),
+                io.Float.Input(
+                    "threshold",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    round=0.001,
+                    tooltip="Where the mask is cut, relative to the strongest attention. 0: a soft mask.",
+                ),
+                io.Int.Input(
+                    "levels",
+                    default=10,
+                    min=1,
+                    max=1000,
+                    tooltip="How many steps of the inversion are looked at; one evaluation each.",
+                ),
+            ],
+            outputs=[
+                io.Mask.Output("mask", display_name="MASK", tooltip="All these words together; 1 = attended."),
+                io.Image.Output(
+                    "maps", display_name="maps", tooltip="The map of each word, in the order of the report."
+                ),
+                io.String.Output("report", display_name="report", tooltip="The words, and how much each one covers."),
+            ],
+        )
+
+    @classmethod
+    @reports_errors("Attention Mask")
+    def execute(
+        cls, model: Any, clip: Any, trajectory: Any, prompt: str, words: str, threshold: float, levels: int
+    ) -> io.NodeOutput:
+        from ..retrace.hosts.comfyui import ComfyHost
+        from ..retrace.hosts.comfyui.word_masks import find_words
+
+        if not isinstance(trajectory, TrajectoryData):
+            raise InvalidFile(
+                f"trajectory: got {describe(trajectory)}, but an inversion is needed. Connect a 'DDIM Inverter'."
+            )
+        found = find_words(ComfyHost(model, clip), trajectory, prompt, parse_words(words), threshold, levels)
+        report = found.report()
+        return io.NodeOutput(found.mask, found.pictures, report, ui=ui.PreviewText(report))

@@ -1,0 +1,242 @@
+"""Prompt-to-Prompt and what keeps its source in place: Prompt-to-Prompt, Direct Inversion, Proximal Guidance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..retrace import prompt_to_prompt as p2p
+from ..retrace.errors import InvalidFile, InvalidImage
+from ..retrace.proximal import KINDS, Proximal
+from ..retrace.trajectory import Trajectory as TrajectoryData
+from ..retrace.validation import check_latent, describe
+from ._errors import reports_errors
+from ._schema import Trajectory, advanced, schema
+
+
+def _share(name: str, default: float, tooltip: str, **more: Any) -> Any:
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.05, round=0.001, tooltip=tooltip, **more)
+
+
+class PromptToPromptNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "prompts",
+            node_id="RetracePromptToPrompt",
+            display_name="Prompt-to-Prompt",
+            description="Edits a picture by editing its prompt: source and targets are sampled side by side, and the "
+            "targets take over the attention maps of the source, which hold its layout. Connect MODEL, positive and "
+            "LATENT to any KSampler; the first picture that comes out is the source, then one for each target.",
+            search_aliases=["p2p", "prompt to prompt", "attention control", "word swap", "reweight", "attend"],
+            has_intermediate_output=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model to patch; the one that comes in stays as it is."),
+                io.Clip.Input("clip", tooltip="The text encoder of the model."),
+                io.Latent.Input(
+                    "latent",
+                    tooltip="What to start from: the noise of an inversion to edit your photo, or an empty latent.",
+                ),
+                io.String.Input(
+                    "source", multiline=True, dynamic_prompts=False, tooltip="The words for the picture as it is."
+                ),
+                io.String.Input(
+                    "targets",
+                    multiline=True,
+                    dynamic_prompts=False,
+                    tooltip="The words for the picture as it shall be. One edit per line; all are made at once.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=list(p2p.MODES),
+                    default="replace",
+                    tooltip="replace: a changed word takes the place of the old one, in its shape. refine: only equal "
+                    "words share their maps, changed and new ones are free.",
+                ),
+                _share("cross_replace", 0.8, "For how many of the steps words keep their place. Lower is freer."),
+                _share(
+                    "self_replace", 0.4, "For how many of the steps the layout is kept. Lower lets shapes change more."
+                ),
+                io.String.Input(
+                    "word_weights",
+                    default="",
+                    tooltip="How much words of the targets count, for example 'red: 2, star: 0.5'. Below 0 pushes a "
+                    "word out.",
+                ),
+                io.String.Input(
+                    "blend_words",
+                    default="",
+                    tooltip="Local blend: only what these words show may change, for example 'circle, square'. Give "
+                    "the word of the source and that of the target. Empty is off.",
+                ),
+                io.String.Input(
+                    "keep_words",
+                    default="",
+                    tooltip="Local blend: what these words show stays, even where it overlaps the others.",
+                    **advanced(),
+                ),
+                _share("blend_threshold", 0.3, "Local blend: how tightly the region of the words is cut."),
+                _share("blend_start", 0.2, "Local blend: the share of the steps before it begins.", **advanced()),
+                io.String.Input(
+                    "word_windows",
+                    default="",
+                    tooltip="A cross_replace of its own for words of the targets, for example 'square: 0.3'.",
+                    **advanced(),
+                ),
+                io.Int.Input(
+                    "self_limit",
+                    default=32,
+                    min=1,
+                    max=1024,
+                    tooltip="self_replace only in layers of at most this many cells a side.",
+                    **advanced(),
+                ),
+                io.Boolean.Input(
+                    "parity",
+                    default=False,
+                    tooltip="On: align words exactly as the authors' code does, with its errors.",
+                    **advanced(),
+                ),
+            ],
+            outputs=[
+                io.Model.Output("edited_model", display_name="MODEL", tooltip="The patched model, for any sampler."),
+                io.Conditioning.Output("positive", display_name="positive", tooltip="All prompts, the source first."),
+                io.Latent.Output("batch", display_name="LATENT", tooltip="The latent once for each prompt."),
+                io.String.Output("report", display_name="report", tooltip="Which word took the place of which."),
+            ],
+        )
+
+    @classmethod
+    @reports_errors("Prompt-to-Prompt")
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        latent: dict[str, Any],
+        source: str,
+        targets: str,
+        mode: str,
+        cross_replace: float,
+        self_replace: float,
+        word_weights: str,
+        blend_words: str,
+        keep_words: str,
+        blend_threshold: float,
+        blend_start: float,
+        word_windows: str,
+        self_limit: int,
+        parity: bool,
+    ) -> io.NodeOutput:
+        from ..retrace.hosts.comfyui.prompt_to_prompt import patch_prompt_to_prompt
+        from ..retrace.hosts.comfyui.prompts import encode_prompts, read_prompts
+
+        if not isinstance(latent, dict) or "samples" not in latent:
+            raise InvalidImage(f"latent: got {describe(latent)}, but a LATENT is needed. Connect a 'DDIM Inverter'.")
+        samples = check_latent("latent", latent["samples"])
+        if samples.shape[0] != 1:
+            raise InvalidImage(
+                f"latent: got a batch of {samples.shape[0]}, but one latent is needed: every prompt starts from it. "
+                "Take one with 'Latent From Batch'."
+            )
+        texts = [source, *(line for line in targets.splitlines() if line.strip())]
+        prompts = read_prompts(clip, texts)
+        windows = p2p.parse_values("word_windows", word_windows)
+        edit = p2p.plan(
+            prompts[0],
+            prompts[1:],
+            mode=mode,
+            cross_replace=(0.0, cross_replace),
+            word_windows={word: (0.0, end) for word, end in windows.items()},
+            self_replace=(0.0, self_replace),
+            self_limit=self_limit,
+            weights=p2p.parse_values("word_weights", word_weights),
+            blend=p2p.local_blend(
+                prompts, p2p.parse_words(blend_words), p2p.parse_words(keep_words), blend_threshold, blend_start
+            ),
+            parity=parity,
+        )
+        report = p2p.describe_edit(edit)
+        return io.NodeOutput(
+            patch_prompt_to_prompt(model, edit),
+            encode_prompts(clip, texts),
+            {"samples": samples.repeat(len(texts), 1, 1, 1)},
+            report,
+            ui=ui.PreviewText(report),
+        )
+
+
+class DirectInversion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "inversion",
+            node_id="RetraceDirectInversion",
+            display_name="Direct Inversion",
+            description="Holds the source of an edit on the path of its inversion at any cfg, so that it comes back "
+            "exactly and its attention guides the targets, with nothing to optimise (Direct Inversion, PnP Inversion).",
+            search_aliases=["pnp inversion", "source branch", "negative prompt inversion"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to patch, before or after 'Prompt-to-Prompt'."),
+                Trajectory.Input("trajectory", tooltip="The inversion of one picture, from 'DDIM Inverter'."),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "held_model",
+                    display_name="MODEL",
+                    tooltip="The patched model, which holds the first image of a batch. Needs the inverter's sigmas.",
+                )
+            ],
+        )
+
+    @classmethod
+    @reports_errors("Direct Inversion")
+    def execute(cls, model: Any, trajectory: Any) -> io.NodeOutput:
+        from ..retrace.hosts.comfyui.prompt_to_prompt import patch_direct_inversion
+
+        if not isinstance(trajectory, TrajectoryData):
+            raise InvalidFile(
+                f"trajectory: got {describe(trajectory)}, but an inversion is needed. Connect a 'DDIM Inverter'."
+            )
+        return io.NodeOutput(patch_direct_inversion(model, trajectory))
+
+
+class ProximalGuidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "inversion",
+            node_id="RetraceProximalGuidance",
+            display_name="Proximal Guidance",
+            description="Lets guidance change only what it changes strongly, and leaves the rest of the picture alone. "
+            "With the source prompt as negative it is proximal negative-prompt inversion (ProxEdit).",
+            search_aliases=["proxnpi", "npi", "proxedit", "cfg threshold", "negative prompt inversion"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to patch; the one that comes in stays as it is."),
+                io.Float.Input(
+                    "quantile",
+                    default=0.7,
+                    min=0.0,
+                    max=0.999,
+                    step=0.05,
+                    round=0.001,
+                    tooltip="This share of the latent's values, those that guidance changes least, stays. 0 is off.",
+                ),
+                io.Combo.Input(
+                    "kind",
+                    options=list(KINDS),
+                    default="hard",
+                    tooltip="hard: the rest changes in full. soft: less the threshold, so that nothing jumps.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output("guided_model", display_name="MODEL", tooltip="The patched model, for any sampler.")
+            ],
+        )
+
+    @classmethod
+    @reports_errors("Proximal Guidance")
+    def execute(cls, model: Any, quantile: float, kind: str) -> io.NodeOutput:
+        from ..retrace.hosts.comfyui.guidance import patch_proximal
+
+        return io.NodeOutput(patch_proximal(model, Proximal(quantile, kind)))

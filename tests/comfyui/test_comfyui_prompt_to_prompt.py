@@ -1,0 +1,187 @@
+"""Prompt-to-Prompt, Direct Inversion, Proximal Guidance and Attention Mask in the real ComfyUI."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import graphs
+import pytest
+import torch
+
+from retrace.hosts.comfyui_server import ComfyError, ComfyServer
+
+pytestmark = pytest.mark.usefixtures("pebble")
+SOURCE, TARGET = "a red circle on sand", "a blue circle on sand"
+
+
+def p2p(**changes: Any) -> dict[str, Any]:
+    inputs = {
+        "model": ["pebble", 0],
+        "clip": ["pebble", 1],
+        "latent": ["invert", 0],
+        "source": SOURCE,
+        "targets": TARGET,
+        "mode": "replace",
+        "cross_replace": 0.8,
+        "self_replace": 0.4,
+        "word_weights": "",
+        "blend_words": "",
+        "keep_words": "",
+        "blend_threshold": 0.3,
+        "blend_start": 0.2,
+        "word_windows": "",
+        "self_limit": 32,
+        "parity": False,
+    }
+    return graphs.node("RetracePromptToPrompt", **{**inputs, **changes})
+
+
+def edit(model: str = "direct", **changes: Any) -> graphs.Graph:
+    """Invert, plan the edit, hold the source, sample; the source's words are those of the inversion."""
+    graph = graphs.base() | {"invert": graphs.inverter(), "p2p": p2p(**changes)}
+    graph["caption"] = graphs.node("CLIPTextEncode", text=SOURCE, clip=["pebble", 1])
+    graph["direct"] = graphs.node("RetraceDirectInversion", model=["p2p", 0], trajectory=["invert", 1])
+    graph["sample"] = graphs.node(
+        "KSamplerAdvanced", model=[model, 0], add_noise="disable", noise_seed=1, cfg=7.5, sampler_name="euler",
+        scheduler="normal", positive=["p2p", 1], negative=["empty", 0], latent_image=["p2p", 2], start_at_step=0,
+        end_at_step=1000, return_with_leftover_noise="disable", steps=graphs.STEPS,
+    )  # fmt: skip
+    return graph | {"save": graphs.save("encode"), "save_sample": graphs.save("sample")}
+
+
+def run(server: ComfyServer, graph: graphs.Graph) -> tuple[torch.Tensor, torch.Tensor]:
+    """The source latent and the sampled batch."""
+    result = server.run(graph)
+    return graphs.latent(server, result, "save"), graphs.latent(server, result, "save_sample")
+
+
+def fails(server: ComfyServer, graph: graphs.Graph, *words: str) -> None:
+    with pytest.raises(ComfyError) as caught:
+        server.run(graph)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_the_source_comes_back_and_the_target_does_not(server: ComfyServer) -> None:
+    source, batch = run(server, edit(blend_words="circle"))
+    assert batch.shape[0] == 2
+    torch.testing.assert_close(batch[:1], source, rtol=1e-4, atol=1e-4)
+    assert float((batch[1] - batch[0]).abs().mean()) > 0.01
+
+
+def test_it_is_the_edit_of_the_library(newest_server: ComfyServer) -> None:
+    """Core's sampler with the patches, against :func:`retrace.prompt_to_prompt.sample_edit` on the diffusers host."""
+    from retrace import prompt_to_prompt as library
+    from retrace.hosts.diffusers import DiffusersHost
+    from retrace.inversion import invert
+
+    source, batch = run(newest_server, edit(blend_words="circle"))
+    host = DiffusersHost.load(None, device="cpu")
+    sigmas = host.sigmas("normal", graphs.STEPS)
+    prompts = host.read_prompts([SOURCE, TARGET])
+    plan = library.plan(prompts[0], prompts[1:], blend=library.local_blend(prompts, ["circle"]))
+    conds = {
+        "source": host.encode_text(SOURCE),
+        "all": host.encode_text([SOURCE, TARGET]),
+        "empty": host.encode_text(""),
+    }
+    scale = float(host.vae.config.scaling_factor)
+
+    def method(model: Any, x: Any, c: Any) -> Any:
+        path = invert(model, x, sigmas, c["source"], method="ddim")
+        return library.sample_edit(model, path.noise, sigmas, c["all"], c["empty"], 7.5, edit=plan, source=path)
+
+    expected = host.run(source * scale, conds, method) / scale
+    torch.testing.assert_close(batch, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_one_batch_or_condition_after_condition(newest_server: ComfyServer) -> None:
+    """The negative in a call of its own, as core does where memory is short or conditions differ: the same picture."""
+    _, together = run(newest_server, edit())
+    graph = edit()
+    # A longer negative cannot share a batch with the positive.
+    graph["empty"]["inputs"]["text"] = ""
+    graph["long"] = graphs.node("ConditioningConcat", conditioning_to=["empty", 0], conditioning_from=["empty", 0])
+    graph["sample"]["inputs"]["negative"] = ["long", 0]
+    _, apart = run(newest_server, graph)
+    torch.testing.assert_close(apart, together, rtol=1e-3, atol=1e-3)
+
+
+def test_fresh_pictures_start_from_one_noise(server: ComfyServer) -> None:
+    graph = edit("p2p", latent=["blank", 0], targets=f"{SOURCE}\n{TARGET}", cross_replace=1.0, self_replace=1.0)
+    graph["blank"] = graphs.node("EmptyLatentImage", width=128, height=128, batch_size=1)
+    graph["sample"]["inputs"] |= {"add_noise": "enable"}
+    _, batch = run(server, graph)
+    torch.testing.assert_close(batch[1], batch[0], rtol=1e-3, atol=1e-3)
+    assert float((batch[2] - batch[0]).abs().mean()) > 0.01
+
+
+def test_changing_words_neither_inverts_again_nor_loads(newest_server: ComfyServer) -> None:
+    newest_server.run(edit())
+    again = newest_server.run(edit(targets="a green circle on sand"))
+    assert {"invert", "encode", "pebble"}.isdisjoint(again.executed_nodes)
+
+
+def test_proximal_guidance_changes_less(server: ComfyServer) -> None:
+    graph = edit("proximal")
+    graph["proximal"] = graphs.node("RetraceProximalGuidance", model=["p2p", 0], quantile=0.9, kind="hard")
+    graph["sample"]["inputs"]["negative"] = ["caption", 0]
+    source, near = run(server, graph)
+    graph["proximal"]["inputs"]["quantile"] = 0.0
+    _, far = run(server, graph)
+    error = [float((batch[1] - source[0]).square().mean()) for batch in (near, far)]
+    assert error[0] < error[1]
+
+
+def test_a_word_becomes_a_mask(server: ComfyServer) -> None:
+    graph = edit()
+    graph["words"] = graphs.node(
+        "RetraceAttentionMask", model=["pebble", 0], clip=["pebble", 1], trajectory=["invert", 1], prompt=SOURCE,
+        words="circle", threshold=0.5, levels=2,
+    )  # fmt: skip
+    graph["picture"] = graphs.node("PreviewImage", images=["words", 1])
+    graph["blend"] = graphs.blend(mask=["words", 0])
+    graph["sample"] = graphs.sampler("blend")
+    result = server.run(graph)
+    assert "circle: mean" in result.text_of("words") and len(result.images_of("picture")) == 1
+    graph["words"]["inputs"]["words"] = "dog"
+    fails(server, graph, "Attention Mask", "'dog' is not in the prompt", "'circle'")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"targets": ""}, ["at least one target"]),
+        ({"blend_words": "dog"}, ["'dog' is not in the prompt", "'circle'"]),
+        ({"word_weights": "red"}, ["word_weights: 'red' cannot be read"]),
+        ({"word_weights": "dog: 2"}, ["'dog' is not in the prompt"]),
+        ({"targets": "a circle", "parity": True}, ["has 5 words", "has 2", "parity"]),
+    ],
+)
+def test_what_cannot_be_is_said(newest_server: ComfyServer, changes: dict[str, Any], words: list[str]) -> None:
+    fails(newest_server, edit(**changes), "Prompt-to-Prompt", *words)
+
+
+def test_the_sampler_needs_its_latent_and_its_positive(newest_server: ComfyServer) -> None:
+    graph = edit("p2p")
+    graph["sample"]["inputs"]["latent_image"] = ["invert", 0]
+    fails(newest_server, graph, "has 2 prompts", "batch of 1", "LATENT output")
+    graph = edit("p2p")
+    graph["long"] = graphs.node("ConditioningConcat", conditioning_to=["target", 0], conditioning_from=["target", 0])
+    graph["sample"]["inputs"]["positive"] = ["long", 0]
+    fails(newest_server, graph, "attends to 154 tokens")
+
+
+def test_direct_inversion_needs_one_picture_of_that_size(newest_server: ComfyServer) -> None:
+    graph = edit()
+    graph["two"] = graphs.node("RepeatLatentBatch", samples=["encode", 0], amount=2)
+    graph["invert"]["inputs"]["latent"] = ["two", 0]
+    graph["p2p"]["inputs"]["latent"] = ["encode", 0]
+    fails(newest_server, graph, "Direct Inversion", "holds 2 images")
+    graph = edit(latent=["blank", 0])
+    graph["blank"] = graphs.node("EmptyLatentImage", width=64, height=128, batch_size=1)
+    fails(newest_server, graph, "Direct Inversion", "[4, 16, 16]", "[4, 16, 8]")
+    graph = edit()
+    graph["p2p"]["inputs"]["latent"] = ["two", 0]
+    graph["two"] = graphs.node("RepeatLatentBatch", samples=["encode", 0], amount=2)
+    fails(newest_server, graph, "Prompt-to-Prompt", "batch of 2", "Latent From Batch")
