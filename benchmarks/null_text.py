@@ -1,0 +1,87 @@
+"""``python -m benchmarks.null_text``: how well guided sampling comes back to a picture, and the paper's ablations.
+
+Pebble, held-out scenes, 50 steps, guidance 7.5, captions that leave out the ground. PSNR of the picture in dB (mean
+over the scenes), network evaluations and backward passes per picture without the inversion, seconds per picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retrace.hosts.diffusers import DiffusersHost
+from retrace.inversion import invert
+from retrace.metrics import psnr
+from retrace.null_text import NullText, optimise_null_text
+from retrace.pebble.scenes import Scene, heldout, render_batch
+from retrace.sampling import sample_ddim
+
+STEPS, GUIDANCE = 50, 7.5
+FIRST = 300_000  # of the held-out scenes; no other measurement looks at these
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "null-text (default)": {},
+    "null-text, the reference's loop": {"parity": True},
+    "one embedding for all steps": {"mode": "global"},
+    "random pivot": {"mode": "random_pivot"},
+    "no pivot": {"mode": "no_pivot"},
+    "the prompt instead (textual inversion)": {"mode": "prompt"},
+    "the prompt, no pivot": {"mode": "prompt_no_pivot"},
+}
+
+
+def walk_back(model: Any, found: NullText, cond: Any, uncond: Any) -> Tensor:
+    """Sample with the embeddings of every step."""
+    x = found.start.to(model.device)
+    for i, embedding in enumerate(found.embeddings):
+        own = embedding.to(model.device)
+        pair = (cond.with_embedding(own), uncond) if found.replaces == "cond" else (cond, uncond.with_embedding(own))
+        x = sample_ddim(model, x, found.sigmas[i : i + 2], *pair, GUIDANCE)
+    return x
+
+
+def measure(host: DiffusersHost, scene: Scene, options: dict[str, Any] | None) -> tuple[float, int, int]:
+    """PSNR, evaluations and backward passes; without ``options`` that of plain guided sampling."""
+    picture = render_batch([scene]).permute(0, 2, 3, 1)
+    sigmas = host.sigmas("ddim_uniform", STEPS)
+    conds = {"cond": host.encode_text(scene.caption(with_ground=False)), "uncond": host.encode_text("")}
+
+    def method(model: Any, latent: Tensor, c: Any) -> tuple[Tensor, int, int]:
+        cond, uncond = c["cond"], c["uncond"]
+        path = invert(model, latent, sigmas, cond, method="ddim")
+        if options is None:
+            return sample_ddim(model, path.noise, sigmas, cond, uncond, GUIDANCE), 2 * STEPS, 0
+        found = optimise_null_text(model, path, cond, uncond, GUIDANCE, only_text_differs=True, **options)
+        return walk_back(model, found, cond, uncond), found.evaluations, found.backwards
+
+    back, evaluations, backwards = host.run(host.encode_image(picture), conds, method, gradients=True)
+    return float(psnr(host.decode_latent(back), picture)[0]), evaluations, backwards
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scenes", type=int, default=50)
+    parser.add_argument("--only", nargs="*", help="words of the variants' names")
+    args = parser.parse_args()
+    host = DiffusersHost.load(None)
+    scenes = heldout(args.scenes, FIRST)
+    pictures = render_batch(scenes).permute(0, 2, 3, 1)
+    bound = float(psnr(host.decode_latent(host.encode_image(pictures)), pictures).mean())
+    print(f"{args.scenes} scenes, {STEPS} steps, guidance {GUIDANCE}; the autoencoder alone: {bound:.2f} dB\n")
+    print("| embeddings | PSNR | evaluations | backward passes | seconds |\n|---|---|---|---|---|")
+    for name, options in {"plain (DDIM inversion)": None, **VARIANTS}.items():
+        if args.only and not any(word.lower() in name.lower() for word in args.only):
+            continue
+        start = time.perf_counter()
+        results = torch.tensor([measure(host, scene, options) for scene in scenes])
+        seconds = (time.perf_counter() - start) / len(scenes)
+        db, evaluations, backwards = results.mean(0).tolist()
+        print(f"| {name} | {db:.2f} dB | {evaluations:.0f} | {backwards:.0f} | {seconds:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
