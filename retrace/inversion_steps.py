@@ -88,6 +88,8 @@ class _Anderson:
         if len(self.images) == 1:
             return image
         d_error = torch.stack([b - a for a, b in pairwise(self.errors)])
+        if float(d_error.norm()) <= 100 * torch.finfo(x.dtype).eps * float(image.norm()):
+            return image  # the error does not change but for rounding: nothing to learn from
         d_image = torch.stack([b - a for a, b in pairwise(self.images)])
         gram = (d_error @ d_error.T).cpu().double()
         right = (d_error @ self.errors[-1]).cpu().double()

@@ -132,16 +132,15 @@ class Controller:
     steps: int
     positive: int = 0
     step: int = 0
-    enabled: bool = True
-    maps: WordMaps | None = field(default=None)
+    maps: WordMaps | None = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.edit.blend is not None and self.maps is None:
-            self.maps = WordMaps(self.edit.blend)
-        self._tables: dict[tuple[int, torch.device, torch.dtype], list[tuple[Tensor, Tensor, Tensor]]] = {}
+        self.maps = WordMaps(self.edit.blend) if self.edit.blend is not None else None
+        self._table: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._table_of: tuple[int, torch.device] | None = None
 
     def __call__(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        groups = self._groups(call) if self.enabled else []
+        groups = self._groups(call)
         if not groups:
             return call.attend(q, k, v)
         if call.kind == "self":
@@ -203,17 +202,16 @@ class Controller:
     def _edit_maps(self, own: Tensor) -> Tensor:
         """Maps ``[P, heads, N, T]`` as they shall be: eq. 4 (replace), its refinement, and eq. 5 (re-weighting)."""
         edited = [own[:1]]
-        for (mapper, of_source, of_own), target in zip(self._table(own), own[1:], strict=True):
+        for (mapper, of_source, of_own), target in zip(self._factors(own), own[1:], strict=True):
             edited.append(((own[0] @ mapper) * of_source + target * of_own)[None])
         return torch.cat(edited)
 
-    def _table(self, like: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Mapper and factors of every target at this step, on the device of ``like``."""
-        key = (self.step, like.device, like.dtype)
-        if key not in self._tables:
-            tables = []
-            for target in self.edit.targets:
-                of_source, of_own = target.factors(self.step, self.steps)
-                tables.append((target.tokens.mapper.to(like), of_source.to(like), of_own.to(like)))
-            self._tables = {key: tables}
-        return self._tables[key]
+    def _factors(self, like: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Mapper and factors of every target at this step, on the device of ``like``; made once per step."""
+        if self._table_of != (self.step, like.device):
+            self._table_of = (self.step, like.device)
+            self._table = [
+                (target.tokens.mapper.to(like), *(f.to(like) for f in target.factors(self.step, self.steps)))
+                for target in self.edit.targets
+            ]
+        return self._table

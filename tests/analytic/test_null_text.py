@@ -148,8 +148,10 @@ class TestCosts:
         this = case(sigmas=ladder(50, 10.0, 2.0).float())
         reference, quick = this.optimise(parity=True), this.optimise(only_text_differs=True)
         assert quick.evaluations <= reference.evaluations / 3
-        # On Gaussian data the prompt alone does nearly all, so each early stop shows; Pebble tells what pictures lose.
-        assert quick.latent_psnr >= reference.latent_psnr - 3
+        # On Gaussian data the prompt alone does nearly all. What is promised is each step's loss; Pebble tells what
+        # pictures lose.
+        for step, losses in enumerate(quick.losses):
+            assert float(losses[-1].max()) < 1e-5 + 2e-5 * step
 
     def test_a_batch_costs_its_images(self) -> None:
         this = case(images=3)

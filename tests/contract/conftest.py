@@ -42,9 +42,18 @@ class Subject:
     reports: list[tuple[int, int]] = field(default_factory=list)
     stopping: bool = False
 
-    def eps(self, x: Tensor, timestep: int, embedding: Tensor) -> Tensor:
-        """The raw network: noise predicted for a variance-preserving input at an integer timestep."""
+    def network(self, x: Tensor, timestep: int, embedding: Tensor) -> Tensor:
+        """The raw network: what it answers to a variance-preserving input at an integer timestep."""
         raise NotImplementedError
+
+    def eps(self, x: Tensor, timestep: int, embedding: Tensor) -> Tensor:
+        """The noise that the raw network predicts, from its v where that is what it predicts."""
+        output = self.network(x, timestep, embedding)
+        if self.host.parametrisation == "eps":
+            return output
+        # Salimans & Ho 2022: eps = sigma_t z_t + alpha_t v, with alpha_t^2 + sigma_t^2 = 1.
+        sigma = float(self.host.training_sigmas()[timestep])
+        return (sigma * x + output) / (1 + sigma**2) ** 0.5
 
     def networks(self) -> list[nn.Module]:
         """UNet and VAE."""
@@ -70,7 +79,7 @@ class Subject:
 
 
 class DiffusersSubject(Subject):
-    def eps(self, x: Tensor, timestep: int, embedding: Tensor) -> Tensor:
+    def network(self, x: Tensor, timestep: int, embedding: Tensor) -> Tensor:
         output = self.host.unet(x, timestep, encoder_hidden_states=embedding.expand(len(x), -1, -1), return_dict=False)
         return output[0]  # type: ignore[no-any-return]
 
@@ -100,7 +109,7 @@ class DiffusersSubject(Subject):
 
 
 class ComfySubject(Subject):
-    def eps(self, x: Tensor, timestep: int, embedding: Tensor) -> Tensor:
+    def network(self, x: Tensor, timestep: int, embedding: Tensor) -> Tensor:
         network = self.host.model.model.diffusion_model
         steps = torch.full((len(x),), float(timestep))
         return network(x, steps, context=embedding.expand(len(x), -1, -1), transformer_options={})  # type: ignore[no-any-return]

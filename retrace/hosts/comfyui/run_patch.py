@@ -63,7 +63,7 @@ class RunPatch:
     flow = False  # whether the model is a flow model, whose core divides the result of an early stop by 1 - sigma
 
     def __init__(self) -> None:
-        self._runs: dict[int, Run] = {}
+        self.runs: dict[int, Run] = {}
 
     def begin(self, call: SamplerCall) -> Run:
         """The state of a run that begins with these arguments, which may be changed."""
@@ -84,11 +84,11 @@ class RunPatch:
         # A copy, because some samplers (uni_pc) write into their list of sigmas.
         sigmas: Tensor = call["sigmas"].clone()
         run = self.begin(call)
-        self._runs[id(call["model_wrap"])] = run
+        self.runs[id(call["model_wrap"])] = run
         try:
             samples = call.run(executor)
         finally:
-            self._runs.pop(id(call["model_wrap"]), None)
+            self.runs.pop(id(call["model_wrap"]), None)
             self.end()
         # A sampler that stops early gives back a noisy latent, which flow models also divide by 1 - sigma.
         last = float(sigmas[-1])
@@ -100,7 +100,7 @@ class RunPatch:
 
     def predict(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Around every guided prediction. The sampler's own tensor is changed, so that its step starts from there."""
-        run = self._runs.get(id(executor.class_obj))
+        run = self.runs.get(id(executor.class_obj))
         if run is not None:
             x: Tensor = args[0] if args else kwargs["x"]
             timestep: Tensor | float = args[1] if len(args) > 1 else kwargs["timestep"]
