@@ -147,7 +147,7 @@ def run(host: DiffusersHost, task: Task, method: Callable[[Setting], Tensor], bl
     encoded = {name: host.encode_text(words) for name, words in conds.items()}
     latent, evaluations = host.run(host.encode_image(picture), encoded, work, gradients=method is null_text)
     image = host.decode_latent(latent)
-    outside = 1 - instance_masks(task.source, MARGIN)
+    outside = instance_masks(task.source, MARGIN) < 0.5
     new = task.target.objects[0]
     hit = found(image[0].movedim(-1, 0), new.colour, new.shape)
     return hit, float(psnr(image, picture, outside)[0]), evaluations
