@@ -210,8 +210,8 @@ class Controller:
         """Mapper and factors of every target at this step, on the device of ``like``; made once per step."""
         if self._table_of != (self.step, like.device):
             self._table_of = (self.step, like.device)
-            self._table = [
-                (target.tokens.mapper.to(like), *(f.to(like) for f in target.factors(self.step, self.steps)))
-                for target in self.edit.targets
-            ]
+            self._table = []
+            for target in self.edit.targets:
+                of_source, of_own = target.factors(self.step, self.steps)
+                self._table.append((target.tokens.mapper.to(like), of_source.to(like), of_own.to(like)))
         return self._table
