@@ -6,10 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..retrace.errors import InvalidFile
-from ..retrace.trajectory import Trajectory as TrajectoryData
-from ..retrace.validation import describe
 from ..retrace.words import parse_words
+from ._checks import require_trajectory
 from ._errors import reports_errors
 from ._schema import Trajectory, schema
 
@@ -70,10 +68,7 @@ class AttentionMask(io.ComfyNode):
         from ..retrace.hosts.comfyui import ComfyHost
         from ..retrace.hosts.comfyui.word_masks import find_words
 
-        if not isinstance(trajectory, TrajectoryData):
-            raise InvalidFile(
-                f"trajectory: got {describe(trajectory)}, but an inversion is needed. Connect a 'DDIM Inverter'."
-            )
+        require_trajectory(trajectory)
         found = find_words(ComfyHost(model, clip), trajectory, prompt, parse_words(words), threshold, levels)
         report = found.report()
         return io.NodeOutput(found.mask, found.pictures, report, ui=ui.PreviewText(report))

@@ -9,9 +9,9 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..retrace.edit_friendly import without_first_steps
-from ..retrace.errors import InvalidImage
 from ..retrace.schedule import check_sigmas
-from ..retrace.validation import check_latent, describe
+from ..retrace.validation import check_latent
+from ._checks import latent_samples
 from ._errors import reports_errors
 from ._memory import PeakMemory
 from ._schema import Trajectory, advanced, schema
@@ -125,10 +125,8 @@ class EditFriendlyInverter(io.ComfyNode):
         from ..retrace.hosts.comfyui import ComfyHost
         from ..retrace.hosts.comfyui.edit_friendly import prepare_edit_friendly
 
-        if not isinstance(latent, dict) or "samples" not in latent:
-            raise InvalidImage(f"latent: got {describe(latent)}, but a LATENT is needed. Connect a 'VAE Encode'.")
         host = ComfyHost(model)
-        samples = check_latent("latent", latent["samples"], host.latent_channels)
+        samples = check_latent("latent", latent_samples(latent), host.latent_channels)
         levels = host.sigmas(scheduler, steps) if sigmas is None else check_sigmas(sigmas)
         memory = PeakMemory()
         prepared = prepare_edit_friendly(

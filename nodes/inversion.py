@@ -8,11 +8,11 @@ import comfy.samplers
 import torch
 from comfy_api.latest import io, ui
 
-from ..retrace.errors import InvalidImage
 from ..retrace.inversion import METHODS
 from ..retrace.sampling import require_deterministic
 from ..retrace.schedule import check_sigmas
-from ..retrace.validation import check_latent, describe
+from ..retrace.validation import check_latent
+from ._checks import latent_samples
 from ._errors import reports_errors
 from ._memory import PeakMemory
 from ._schema import Trajectory, advanced, schema
@@ -121,11 +121,9 @@ class DDIMInverter(io.ComfyNode):
         from ..retrace.hosts.comfyui import ComfyHost
         from ..retrace.hosts.comfyui.inversion import invert_latent
 
-        if not isinstance(latent, dict) or "samples" not in latent:
-            raise InvalidImage(f"latent: got {describe(latent)}, but a LATENT is needed. Connect a 'VAE Encode'.")
         require_deterministic(sampler_name)
         host = ComfyHost(model, vae=vae)
-        samples = check_latent("latent", latent["samples"], host.latent_channels)
+        samples = check_latent("latent", latent_samples(latent), host.latent_channels)
         levels = host.sigmas(scheduler, steps) if sigmas is None else check_sigmas(sigmas)
         memory = PeakMemory()
         inverted = invert_latent(

@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 from ..retrace.errors import InvalidFile
 from ..retrace.trajectory import Trajectory as TrajectoryData
 from ..retrace.trajectory_file import SUFFIX, load_trajectory, safe_name, save_trajectory
-from ..retrace.validation import describe
+from ._checks import require_trajectory
 from ._errors import reports_errors
 from ._schema import Trajectory, schema
 
@@ -45,7 +45,7 @@ class SaveInversion(io.ComfyNode):
     @classmethod
     @reports_errors("Save Inversion")
     def execute(cls, trajectory: TrajectoryData, name: str, overwrite: bool) -> io.NodeOutput:
-        _check_trajectory(trajectory)
+        require_trajectory(trajectory)
         path = Path(_FOLDERS["output"]()) / safe_name(name)
         if not overwrite:
             stem, number = path.stem, 2
@@ -119,11 +119,6 @@ class LoadInversion(io.ComfyNode):
             trajectory.require_model(host.fingerprint())
             noise = {"samples": noise_samples(host, trajectory)}
         return io.NodeOutput(noise, trajectory, trajectory.sigmas.clone())  # core's uni_pc writes into it
-
-
-def _check_trajectory(value: object) -> None:
-    if not isinstance(value, TrajectoryData):
-        raise InvalidFile(f"trajectory: got {describe(value)}, but an inversion is needed. Connect a 'DDIM Inverter'.")
 
 
 def _no_model() -> Any:

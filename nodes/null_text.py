@@ -6,10 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..retrace.errors import InvalidFile
 from ..retrace.null_text import MODES
-from ..retrace.trajectory import Trajectory as TrajectoryData
-from ..retrace.validation import describe
+from ._checks import require_trajectory
 from ._errors import reports_errors
 from ._memory import PeakMemory
 from ._schema import Trajectory, advanced, schema
@@ -126,10 +124,7 @@ class NullTextOptimizer(io.ComfyNode):
         from ..retrace.hosts.comfyui import ComfyHost
         from ..retrace.hosts.comfyui.null_text import optimise
 
-        if not isinstance(trajectory, TrajectoryData):
-            raise InvalidFile(
-                f"trajectory: got {describe(trajectory)}, but an inversion is needed. Connect a 'DDIM Inverter'."
-            )
+        require_trajectory(trajectory)
         host = ComfyHost(model)
         memory = PeakMemory()
         optimised = optimise(

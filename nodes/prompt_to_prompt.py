@@ -7,10 +7,10 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..retrace import prompt_to_prompt as p2p
-from ..retrace.errors import InvalidFile, InvalidImage
+from ..retrace.errors import InvalidImage
 from ..retrace.proximal import KINDS, Proximal
-from ..retrace.trajectory import Trajectory as TrajectoryData
-from ..retrace.validation import check_latent, describe
+from ..retrace.validation import check_latent
+from ._checks import latent_samples, require_trajectory
 from ._errors import reports_errors
 from ._schema import Trajectory, advanced, schema
 
@@ -131,9 +131,7 @@ class PromptToPromptNode(io.ComfyNode):
         from ..retrace.hosts.comfyui.prompt_to_prompt import patch_prompt_to_prompt
         from ..retrace.hosts.comfyui.prompts import encode_prompts, read_prompts
 
-        if not isinstance(latent, dict) or "samples" not in latent:
-            raise InvalidImage(f"latent: got {describe(latent)}, but a LATENT is needed. Connect a 'DDIM Inverter'.")
-        samples = check_latent("latent", latent["samples"])
+        samples = check_latent("latent", latent_samples(latent, "DDIM Inverter"))
         if samples.shape[0] != 1:
             raise InvalidImage(
                 f"latent: got a batch of {samples.shape[0]}, but one latent is needed: every prompt starts from it. "
@@ -194,10 +192,7 @@ class DirectInversion(io.ComfyNode):
     def execute(cls, model: Any, trajectory: Any) -> io.NodeOutput:
         from ..retrace.hosts.comfyui.prompt_to_prompt import patch_direct_inversion
 
-        if not isinstance(trajectory, TrajectoryData):
-            raise InvalidFile(
-                f"trajectory: got {describe(trajectory)}, but an inversion is needed. Connect a 'DDIM Inverter'."
-            )
+        require_trajectory(trajectory)
         return io.NodeOutput(patch_direct_inversion(model, trajectory))
 
 

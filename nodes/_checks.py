@@ -1,0 +1,23 @@
+"""What arrives on a socket may be anything; these say what it should have been."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..retrace.errors import InvalidFile, InvalidImage
+from ..retrace.trajectory import Trajectory
+from ..retrace.validation import describe
+
+
+def require_trajectory(value: object) -> Trajectory:
+    """The trajectory on a RETRACE_TRAJECTORY socket; raises InvalidFile for anything else."""
+    if not isinstance(value, Trajectory):
+        raise InvalidFile(f"trajectory: got {describe(value)}, but an inversion is needed. Connect a 'DDIM Inverter'.")
+    return value
+
+
+def latent_samples(value: object, connect: str = "VAE Encode") -> Any:
+    """What a LATENT socket holds as ``samples``, unchecked; raises InvalidImage, which names the node to connect."""
+    if not isinstance(value, dict) or "samples" not in value:
+        raise InvalidImage(f"latent: got {describe(value)}, but a LATENT is needed. Connect a '{connect}'.")
+    return value["samples"]
