@@ -51,6 +51,14 @@ class BlendStep(io.ComfyNode):
                     "the authors' code does.",
                     **advanced(),
                 ),
+                io.Combo.Input(
+                    "cells",
+                    options=["max", "area", "any", "nearest"],
+                    default="max",
+                    tooltip="What the mask is on the latent grid, whose cells cover 8x8 pixels. max: a cell that it "
+                    "touches may change, so thin lines work. area: only as far as it is covered, so objects keep "
+                    "inside the mask.",
+                ),
                 io.Int.Input(
                     "shrink_stages",
                     default=0,
@@ -82,6 +90,7 @@ class BlendStep(io.ComfyNode):
         mask: torch.Tensor,
         noise: str,
         level: str,
+        cells: str,
         shrink_stages: int,
         seed: int,
         source: dict[str, Any] | None = None,
@@ -101,6 +110,7 @@ class BlendStep(io.ComfyNode):
                 mask,
                 noise=noise,
                 level=level,
+                cells=cells,
                 stages=shrink_stages,
                 seed=seed,
             )

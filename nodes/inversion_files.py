@@ -10,10 +10,12 @@ from comfy_api.latest import io, ui
 
 from ..retrace.errors import InvalidFile
 from ..retrace.trajectory import Trajectory as TrajectoryData
-from ..retrace.trajectory_file import SUFFIX, load_trajectory, safe_name, save_trajectory
+from ..retrace.trajectory_file import SUFFIX, load_extra, load_trajectory, safe_name, save_trajectory
 from ._checks import require_trajectory
 from ._errors import reports_errors
 from ._schema import Trajectory, schema
+
+_NEGATIVE = "negative."  # in front of what is kept of an optimised negative
 
 _FOLDERS = {"output": folder_paths.get_output_directory, "input": folder_paths.get_input_directory}
 
@@ -38,21 +40,29 @@ class SaveInversion(io.ComfyNode):
                     default=False,
                     tooltip="On: replace a file of that name. Off: number the new one (my_photo_2, my_photo_3 ...).",
                 ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="The negative of a 'Null-text Optimizer', to be kept with its inversion.",
+                ),
             ],
             outputs=[io.String.Output("file", display_name="name", tooltip="The name of the file that was written.")],
         )
 
     @classmethod
     @reports_errors("Save Inversion")
-    def execute(cls, trajectory: TrajectoryData, name: str, overwrite: bool) -> io.NodeOutput:
+    def execute(cls, trajectory: TrajectoryData, name: str, overwrite: bool, negative: Any = None) -> io.NodeOutput:
+        from ..retrace.hosts.comfyui.null_text import to_tensors
+
         require_trajectory(trajectory)
+        extra = {} if negative is None else {_NEGATIVE + k: v for k, v in to_tensors(negative).items()}
         path = Path(_FOLDERS["output"]()) / safe_name(name)
         if not overwrite:
             stem, number = path.stem, 2
             while path.exists():
                 path = path.with_name(f"{stem}_{number}{SUFFIX}")
                 number += 1
-        save_trajectory(trajectory, path)
+        save_trajectory(trajectory, path, extra)
         return io.NodeOutput(path.name, ui=ui.PreviewText(path.name))
 
 
@@ -87,6 +97,11 @@ class LoadInversion(io.ComfyNode):
                 ),
                 Trajectory.Output("trajectory", display_name="trajectory", tooltip="The latents at every noise level."),
                 io.Sigmas.Output("sigmas", display_name="SIGMAS", tooltip="The noise levels of the inversion."),
+                io.Conditioning.Output(
+                    "negative",
+                    display_name="negative",
+                    tooltip="The optimised negative that was saved with it; needs the model connected.",
+                ),
             ],
         )
 
@@ -109,20 +124,23 @@ class LoadInversion(io.ComfyNode):
             held = f"holds {', '.join(there[:20])}" if there else "holds no such files at all"
             raise InvalidFile(f"there is no file '{path.name}' in ComfyUI's {folder} folder, which {held}.")
         trajectory = load_trajectory(path)
+        sigmas = trajectory.sigmas.clone()  # core's uni_pc writes into it
         if model is None:
-            noise: Any = _no_model()
-        else:
-            from ..retrace.hosts.comfyui import ComfyHost
-            from ..retrace.hosts.comfyui.inversion import noise_samples
+            blocked = _blocked("the noise as LATENT and the negative need the model that made them. Connect it here.")
+            return io.NodeOutput(blocked, trajectory, sigmas, blocked)
+        from ..retrace.hosts.comfyui import ComfyHost
+        from ..retrace.hosts.comfyui.inversion import noise_samples
+        from ..retrace.hosts.comfyui.null_text import from_tensors
 
-            host = ComfyHost(model)
-            trajectory.require_model(host.fingerprint())
-            noise = {"samples": noise_samples(host, trajectory)}
-        return io.NodeOutput(noise, trajectory, trajectory.sigmas.clone())  # core's uni_pc writes into it
+        host = ComfyHost(model)
+        trajectory.require_model(host.fingerprint())
+        kept = {k.removeprefix(_NEGATIVE): v for k, v in load_extra(path).items() if k.startswith(_NEGATIVE)}
+        negative = from_tensors(host, kept) if kept else _blocked(f"'{path.name}' was saved without a negative.")
+        return io.NodeOutput({"samples": noise_samples(host, trajectory)}, trajectory, sigmas, negative)
 
 
-def _no_model() -> Any:
-    """Stands for the LATENT while nobody uses it; whoever does gets this message from ComfyUI."""
+def _blocked(why: str) -> Any:
+    """Stands for an output while nobody uses it; whoever does gets this message from ComfyUI."""
     from comfy_execution.graph_utils import ExecutionBlocker
 
-    return ExecutionBlocker("Load Inversion: the noise as LATENT needs the model that made it. Connect its MODEL here.")
+    return ExecutionBlocker(f"Load Inversion: {why}")

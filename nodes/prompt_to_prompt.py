@@ -28,7 +28,8 @@ class PromptToPromptNode(io.ComfyNode):
             display_name="Prompt-to-Prompt",
             description="Edits a picture by editing its prompt: source and targets are sampled side by side, and the "
             "targets take over the attention maps of the source, which hold its layout. Connect MODEL, positive and "
-            "LATENT to any KSampler; the first picture that comes out is the source, then one for each target.",
+            "LATENT to a KSampler that adds no noise on its way (euler, ddim, dpmpp_2m ...); the first picture that "
+            "comes out is the source, then one for each target.",
             search_aliases=["p2p", "prompt to prompt", "attention control", "word swap", "reweight", "attend"],
             has_intermediate_output=True,
             inputs=[
@@ -100,10 +101,15 @@ class PromptToPromptNode(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output("edited_model", display_name="MODEL", tooltip="The patched model, for any sampler."),
+                io.Model.Output("edited_model", display_name="MODEL", tooltip="The patched model, for the sampler."),
                 io.Conditioning.Output("positive", display_name="positive", tooltip="All prompts, the source first."),
                 io.Latent.Output("batch", display_name="LATENT", tooltip="The latent once for each prompt."),
                 io.String.Output("report", display_name="report", tooltip="Which word took the place of which."),
+                io.Image.Output(
+                    "token_map",
+                    display_name="token_map",
+                    tooltip="The same as a table for each target: rows are the source's words, columns the target's.",
+                ),
             ],
         )
 
@@ -158,10 +164,19 @@ class PromptToPromptNode(io.ComfyNode):
         return io.NodeOutput(
             patch_prompt_to_prompt(model, edit),
             encode_prompts(clip, texts),
-            {"samples": samples.repeat(len(texts), 1, 1, 1)},
+            _repeated(latent, samples, len(texts)),
             report,
+            p2p.token_pictures(edit),
             ui=ui.PreviewText(report),
         )
+
+
+def _repeated(latent: dict[str, Any], samples: Any, count: int) -> dict[str, Any]:
+    """The LATENT once for each prompt. What else it holds stays, so that core draws the noise of the same image."""
+    batch = {**latent, "samples": samples.repeat(count, 1, 1, 1)}
+    if "batch_index" in latent:
+        batch["batch_index"] = list(latent["batch_index"]) * count
+    return batch
 
 
 class DirectInversion(io.ComfyNode):

@@ -87,7 +87,9 @@ def example(graph: Graph) -> Example:
         strength=float(sampler["denoise"]),
         scheduler=sampler["scheduler"],
         method=inverter["method"],
+        sampler=sampler["sampler_name"],
         background=blend["noise"],
+        cells=blend["cells"],
         shrink=blend["shrink_stages"],
         feather=float(paste["feather"]),
         seed=sampler["seed"],
@@ -111,18 +113,19 @@ def adapted(graph: Graph, settings: EditSettings, prompt: str, own: tuple[str, s
     sampling |= {
         "steps": settings.steps,
         "scheduler": settings.scheduler,
+        "sampler_name": settings.sampler,
         "cfg": settings.guidance,
         "seed": settings.seed,
     }
     _node(graph, "RetraceBlendStep")[1].update(
-        noise=settings.background, shrink_stages=settings.shrink, seed=settings.seed
+        noise=settings.background, cells=settings.cells, shrink_stages=settings.shrink, seed=settings.seed
     )
     _, pasted = _node(graph, "RetracePasteBackground")
     pasted["feather"] = settings.feather
     graph["unpasted"] = {"class_type": "PreviewImage", "inputs": {"images": pasted["edited"]}}
     graph[sampling["positive"][0]]["inputs"]["text"] = prompt
-    graph["sampler"] = {"class_type": "KSamplerSelect", "inputs": {"sampler_name": sampling["sampler_name"]}}
-    walked = {"sampler": ["sampler", 0], "sigmas": [inverter, 2]}
+    graph["retracing sampler"] = {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}}
+    walked = {"sampler": ["retracing sampler", 0], "sigmas": [inverter, 2]}
     if settings.strength < 1:
         # KSampler's denoise would spread the steps over the lower levels; here both walk the last steps of one grid.
         skipped = settings.steps - settings.walked_steps
@@ -132,7 +135,9 @@ def adapted(graph: Graph, settings: EditSettings, prompt: str, own: tuple[str, s
         inversion["sigmas"] = ["levels", 1]
         kept = {name: sampling[name] for name in ("model", "positive", "negative", "latent_image", "cfg")}
         start = {"add_noise": True, "noise_seed": settings.seed}
-        graph[sampler] |= {"class_type": "SamplerCustom", "inputs": kept | start | walked}
+        graph["sampler"] = {"class_type": "KSamplerSelect", "inputs": {"sampler_name": settings.sampler}}
+        painting = walked | {"sampler": ["sampler", 0]}
+        graph[sampler] |= {"class_type": "SamplerCustom", "inputs": kept | start | painting}
     back = {
         "model": inversion["model"],
         "positive": inversion["positive"],

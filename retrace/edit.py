@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from .blending import Blend, NoiseMode
 from .errors import InvalidSchedule, RetraceError
 from .host import Conditioning, Denoiser, Host, add_noise
 from .inversion import GRADIENT_METHODS, Method, invert
-from .masks import latent_mask
+from .masks import LatentMaskMode, latent_mask
 from .metrics import EditReport, edit_report
 from .paste import paste_background
 from .sampling import sample_ddim
@@ -26,6 +26,7 @@ from .trajectory import Trajectory
 from .validation import check_image, check_mask, check_same_size, check_steps, match_batch
 
 STAGES = ("invert", "reconstruct", "edit")
+Sampler = Literal["euler", "euler_ancestral"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,10 @@ class EditSettings:
 
     ``strength`` in (0, 1] is the noise level that inversion and edit go up to: 1 lets the picture under the mask be
     anything. ``background`` says what stands outside the mask at each step: the inversion's own path (``trajectory``),
-    or the source with one noise (``fixed``) or a new one each step (``fresh``). ``shrink`` > 0 begins with wider masks.
-    ``feather`` is the width in pixels, inside the mask, over which the edit fades into the source.
+    or the source with one noise (``fixed``) or a new one each step (``fresh``). ``cells`` says what a mask is on the
+    latent grid, see :func:`~retrace.masks.latent_mask`; ``shrink`` > 0 begins with wider masks. ``sampler`` paints, by
+    its name in ComfyUI; inversion and reconstruction are ``euler`` always. ``feather`` is the width in pixels, inside
+    the mask, over which the edit fades into the source.
     """
 
     steps: int = 50
@@ -43,7 +46,9 @@ class EditSettings:
     strength: float = 1.0
     scheduler: str = "ddim_uniform"
     method: Method = "ddim"
-    background: NoiseMode = "trajectory"
+    sampler: Sampler = "euler_ancestral"
+    background: NoiseMode = "fresh"
+    cells: LatentMaskMode = "area"
     shrink: int = 0
     feather: float = 3.0
     seed: int = 0
@@ -52,6 +57,10 @@ class EditSettings:
         check_steps("steps", self.steps)
         if not 0 < self.strength <= 1:
             raise InvalidSchedule(f"strength: got {self.strength}, but more than 0 and at most 1 is needed.")
+        if self.sampler not in get_args(Sampler):
+            raise InvalidSchedule(
+                f"sampler: got {self.sampler!r}, but one of {', '.join(get_args(Sampler))} is needed."
+            )
         if not 0 <= self.guidance < math.inf:
             raise RetraceError(
                 f"guidance: got {self.guidance}, but 0 or more is needed (1 is without guidance, 5 usual)."
@@ -177,7 +186,7 @@ def edit_image(
     )
     blend = Blend(
         trajectory,
-        latent_mask(mask, size=(latent.shape[-2], latent.shape[-1])),
+        latent_mask(mask, mode=settings.cells, size=(latent.shape[-2], latent.shape[-1])),
         host.parametrisation,
         noise=settings.background,
         stages=settings.shrink,
@@ -193,7 +202,8 @@ def edit_image(
         def keep(_: int, sigma: float, after: Tensor, __: Tensor) -> Tensor:
             return run(after, sigma) if sigma > 0 else run.finish(after)
 
-        return sample_ddim(model, start, sigmas, given["prompt"], given["negative"], settings.guidance, keep)
+        anew = generator if settings.sampler == "euler_ancestral" else None
+        return sample_ddim(model, start, sigmas, given["prompt"], given["negative"], settings.guidance, keep, anew)
 
     painted: Tensor = stage("edit", paint, latent)
     decoded, reconstruction, edited = (host.decode_latent(x).float().cpu() for x in (latent, returned, painted))

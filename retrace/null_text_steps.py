@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .host import Conditioning, Denoiser, guided
-from .sampling import ddim_step
+from .sampling import ddim_step, require_finite
 
 THRESHOLD_GROWTH = 2e-5  # by which the reference's early-stop threshold grows per step of 50
 REFERENCE_STEPS = 50
@@ -181,4 +181,5 @@ def quick_step(task: Optimisation, i: int, x: Tensor, target: Tensor, start: Ten
         task.change(adam, embedding, losses, active)
         changes += 1
         task.model.progress(i, len(task.levels) - 1)
+    require_finite(best, i + 1, len(task.levels) - 1, task.levels[i])  # a NaN once seen stays the minimum
     return Step(best_embedding, task.guide(best_varied, fixed), torch.stack(history), changes)

@@ -1,7 +1,8 @@
-"""Deterministic sampling: DDIM, which in noise levels is one Euler step along the probability-flow ODE."""
+"""Sampling with DDIM, which in noise levels is one Euler step along the probability-flow ODE, and with fresh noise."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -86,6 +87,25 @@ def ddim_step(x: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> T
     return x + (x - denoised) / sigma * (sigma_next - sigma)
 
 
+def ancestral_step(
+    x: Tensor, denoised: Tensor, sigma: float, sigma_next: float, noise: Tensor, flow: bool = False
+) -> Tensor:
+    """One step of DDPM's posterior (DDIM's eta = 1, ComfyUI's ``euler_ancestral``): down too far, up with noise.
+
+    From ``sigma`` it goes down to ``sigma_next ** 2 / sigma``; ``noise`` ``[B, C, h, w]`` brings it back to
+    ``sigma_next``. Mistakes of earlier steps fade with the noise they came with, which a deterministic path keeps.
+    A flow model's picture fades with the noise level, so it is scaled to the share it has at ``sigma_next``.
+
+    Song et al. 2021, eq. 16; for eps and v models k-diffusion's ``get_ancestral_step`` with eta 1.
+    """
+    if sigma_next in (0, sigma):
+        return ddim_step(x, denoised, sigma, sigma_next)
+    down = sigma_next**2 / sigma
+    share = (1 - sigma_next) / (1 - down) if flow else 1.0
+    added = math.sqrt(sigma_next**2 - (share * down) ** 2)
+    return share * ddim_step(x, denoised, sigma, down) + added * noise
+
+
 def sample_ddim(
     model: Denoiser,
     x: Tensor,
@@ -94,11 +114,14 @@ def sample_ddim(
     uncond: Conditioning | None = None,
     scale: float = 1.0,
     callback: Callback | None = None,
+    ancestral: torch.Generator | None = None,
 ) -> Tensor:
     """Follow ``x`` ``[B, C, h, w]`` at noise level ``sigmas[0]`` down to ``sigmas[-1]`` (``sigmas`` is ``[N + 1]``).
 
     With ``uncond`` and ``scale`` other than 1 it uses classifier-free guidance, at two evaluations per step; otherwise
     one. Steps between equal levels cost none. Whatever the model raises to stop passes through.
+
+    With ``ancestral``, a generator of the CPU, every step is an :func:`ancestral_step` with noise drawn from it.
 
     Raises:
         InvalidSchedule, InvalidImage: sigmas or a latent that cannot be.
@@ -116,7 +139,11 @@ def sample_ddim(
             else:
                 without, with_text = model.denoised_each(x, sigma, [uncond, cond])
                 denoised = guided(without, with_text, scale)
-            x = ddim_step(x, denoised, sigma, sigma_next)
+            if ancestral is None:
+                x = ddim_step(x, denoised, sigma, sigma_next)
+            else:
+                noise = torch.randn(x.shape, generator=ancestral).to(x)
+                x = ancestral_step(x, denoised, sigma, sigma_next, noise, model.parametrisation == "flow")
             if callback is not None:
                 replaced = callback(i, sigma_next, x, denoised)
                 x = x if replaced is None else replaced

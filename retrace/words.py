@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from .errors import RetraceError
 
 END_OF_WORD = "</w>"  # how CLIP's byte-pair vocabulary marks the last piece of a word
+# Its pieces are bytes: one that is no printable character of Latin-1 is written as the next free one from 256 on.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTES = {chr(b): b for b in _PRINTABLE} | {
+    chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in _PRINTABLE)
+}
 # The classes of characters that CLIP's tokenizer never joins into one word (Radford et al. 2021).
 _CLASSES = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|[^\s\w]+|_+")
 
@@ -91,11 +96,18 @@ def read_prompt(text: str, pieces: Sequence[str | None]) -> Prompt:
             letters += piece.removesuffix(END_OF_WORD)
             positions.append(place)
         if positions and (piece is None or piece.endswith(END_OF_WORD)):
-            words.append(Word(letters, tuple(positions)))
+            words.append(Word(_decoded(letters), tuple(positions)))
             letters, positions = "", []
     if positions:
-        words.append(Word(letters, tuple(positions)))
+        words.append(Word(_decoded(letters), tuple(positions)))
     return Prompt(text, tuple(words), len(pieces))
+
+
+def _decoded(letters: str) -> str:
+    """The text that ``letters`` of byte-pair pieces stand for: those of an accented letter are two."""
+    if all(letter in _BYTES for letter in letters):
+        return bytes(_BYTES[letter] for letter in letters).decode("utf-8", "replace")
+    return letters
 
 
 def parse_words(text: str) -> list[str]:

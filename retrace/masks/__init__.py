@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from .feather import feather, feather_inward
-from .latent import latent_mask, shrink_schedule
+from .latent import LatentMaskMode, latent_mask, shrink_schedule
 from .precision import mask_precision, precision_kernel
 
-__all__ = ["feather", "feather_inward", "latent_mask", "mask_precision", "precision_kernel", "shrink_schedule"]
+__all__ = [
+    "LatentMaskMode",
+    "feather",
+    "feather_inward",
+    "latent_mask",
+    "mask_precision",
+    "precision_kernel",
+    "shrink_schedule",
+]

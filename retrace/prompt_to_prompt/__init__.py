@@ -6,6 +6,7 @@ from .control import Controller, PromptToPrompt, Target, Window, plan
 from .describe import describe_edit
 from .local_blend import LocalBlend, WordMaps, local_blend
 from .sample import sample_edit
+from .token_picture import token_pictures
 from .word_masks import word_maps, word_mask
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "read_prompt",
     "sample_edit",
     "token_map",
+    "token_pictures",
     "word_maps",
     "word_mask",
 ]

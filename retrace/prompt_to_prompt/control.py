@@ -121,6 +121,14 @@ def plan(
     return PromptToPrompt(source, tuple(made), self_replace, self_limit, blend)
 
 
+def attention_maps(q: Tensor, k: Tensor) -> Tensor:
+    """Maps ``[..., N, T]`` in float32 of queries ``[..., N, dim]`` and keys ``[..., T, dim]``.
+
+    The products of SD2.x do not fit into fp16.
+    """
+    return ((q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)).softmax(-1)
+
+
 @dataclass
 class Controller:
     """An :class:`~retrace.host.AttentionHook` for one run. ``step`` is the step that runs; set it as the run goes on.
@@ -158,7 +166,7 @@ class Controller:
             return out
         out = out.clone()
         for rows in groups:
-            own = (q[rows] @ k[rows].transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1, dtype=torch.float32)
+            own = attention_maps(q[rows], k[rows])
             edited = self._edit_maps(own)
             # As a difference, so that what other patches add to this layer (IP-Adapter ...) stays.
             out[rows[1:]] += ((edited[1:] - own[1:]).to(v.dtype) @ v[rows[1:]]).to(out.dtype)

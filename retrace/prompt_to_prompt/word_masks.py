@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..host import AttentionCall, Conditioning, Denoiser
 from ..trajectory import Trajectory
 from ..validation import check_steps
+from .control import attention_maps
 from .local_blend import LocalBlend, WordMaps
 
 
@@ -31,8 +32,7 @@ def word_maps(
 
     def record(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if call.kind == "cross":
-            own = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1, dtype=torch.float32)
-            maps.add(call, own.repeat_interleave(count, dim=0))
+            maps.add(call, attention_maps(q, k).repeat_interleave(count, dim=0))
         return call.attend(q, k, v)
 
     steps = [i for i in range(trajectory.steps) if float(trajectory.sigmas[i]) > 0]

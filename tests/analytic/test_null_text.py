@@ -294,3 +294,18 @@ def test_a_broken_model_is_an_error() -> None:
     this.model.std = this.model.std * math.nan
     with pytest.raises(RetraceError, match="NaN"):
         this.optimise(inner_steps=1)
+
+
+@pytest.mark.parametrize("parity", [False, True])
+def test_an_optimisation_that_breaks_is_an_error(parity: bool) -> None:
+    """As a model in fp16 may: the estimates are fine, those with gradients are not."""
+    this = case()
+    denoised = this.model.denoised
+
+    def broken(x: Tensor, sigma: Tensor | float, cond: Any) -> Tensor:
+        estimate = denoised(x, sigma, cond)
+        return estimate * math.nan if cond.embedding.requires_grad else estimate
+
+    this.model.denoised = broken  # type: ignore[method-assign]
+    with pytest.raises(RetraceError, match="NaN"):
+        this.optimise(inner_steps=2, early_stop=0.0, parity=parity)

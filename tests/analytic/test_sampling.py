@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from retrace.errors import InvalidImage, InvalidSchedule, RetraceError
-from retrace.sampling import STOCHASTIC_SAMPLERS, ddim_step, require_deterministic, sample_ddim
+from retrace.host import add_noise
+from retrace.sampling import STOCHASTIC_SAMPLERS, ancestral_step, ddim_step, require_deterministic, sample_ddim
 
 from .gaussian import Gaussian, Mean, centre, ladder, natural, relative, slope
 
@@ -32,6 +33,45 @@ def test_a_step_follows_the_formula_and_its_ends():
     assert ddim_step(x, denoised, 2.0, 2.0) is x
     with pytest.raises(InvalidSchedule, match=r"from noise level 0 to 0\.5 has no direction.*first level above 0"):
         ddim_step(x, denoised, 0.0, 0.5)
+
+
+@pytest.mark.parametrize(("kind", "sigma", "sigma_next"), [("eps", 4.0, 1.5), ("v", 1.5, 0.2), ("flow", 0.9, 0.6)])
+def test_an_ancestral_step_lands_on_the_forward_process(kind, sigma, sigma_next):
+    """Noise levels add up to those of the next level, and the picture has its share there."""
+    x0, old, new = torch.full((1, 1, 1, 1), 2.0), torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+
+    def step(old, new):
+        return ancestral_step(add_noise(x0, old, sigma, kind), x0, sigma, sigma_next, new, kind == "flow")
+
+    signal = step(old * 0, new * 0)
+    assert float(signal) == pytest.approx(float(add_noise(x0, old * 0, sigma_next, kind)), abs=1e-6)
+    kept, added = float(step(old, new * 0) - signal), float(step(old * 0, new) - signal)
+    assert kept**2 + added**2 == pytest.approx(sigma_next**2, rel=1e-5)
+    assert added > kept > 0
+    if kind != "flow":  # the posterior's own share of the old noise (Ho et al. 2020, eq. 7)
+        assert kept == pytest.approx(sigma_next**2 / sigma, rel=1e-5)
+
+
+def test_an_ancestral_step_ends_at_the_clean_estimate():
+    x, denoised = torch.full((1, 1, 1, 2), 3.0), torch.full((1, 1, 1, 2), 1.0)
+    assert ancestral_step(x, denoised, 2.0, 0.0, x) is denoised
+    assert ancestral_step(x, denoised, 2.0, 2.0, x) is x
+
+
+@pytest.mark.parametrize(("kind", "top", "power"), [("eps", 10.0, 3.0), ("flow", 1.0, 1.0)])
+def test_ancestral_samples_come_to_spread_as_the_data_does(kind, top, power):
+    model = natural(parametrisation=kind)
+    cond = centre(model)
+    data = model.draw(4000, cond)
+    noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(1), dtype=data.dtype)
+    start = add_noise(data, noise, top, kind)
+    missing = []
+    for n in (80, 320):
+        out = sample_ddim(model, start, ladder(n, top, power), cond, ancestral=torch.Generator().manual_seed(2))
+        missing.append(abs(1 - float(out.std(0).mean() / data.std(0).mean())))
+        assert relative(out.mean(0), cond.embedding.view_as(out[0])) < 0.08  # 4000 draws alone are 0.05 off
+    assert missing[0] < 0.08 and missing[1] < 0.03
+    assert 2 < missing[0] / missing[1] < 5, "the error of the spread falls with the step length"
 
 
 def test_a_point_is_found_in_one_step_whatever_the_start():

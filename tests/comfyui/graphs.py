@@ -53,6 +53,7 @@ def blend(**changes: Any) -> dict[str, Any]:
         "source": ["encode", 0],
         "noise": "fixed",
         "level": "next",
+        "cells": "max",
         "shrink_stages": 0,
         "seed": 7,
     }

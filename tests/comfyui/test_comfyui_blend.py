@@ -30,7 +30,14 @@ def test_outside_is_the_source_after_every_sampler(server: ComfyServer, name: st
 
 
 @pytest.mark.parametrize(
-    "changes", [{"noise": "fresh"}, {"level": "current"}, {"shrink_stages": 3}, {"noise": "fresh", "shrink_stages": 2}]
+    "changes",
+    [
+        {"noise": "fresh"},
+        {"level": "current"},
+        {"cells": "area"},
+        {"shrink_stages": 3},
+        {"noise": "fresh", "shrink_stages": 2},
+    ],
 )
 def test_outside_is_the_source_with_every_option(newest_server: ComfyServer, changes: dict[str, object]) -> None:
     assert _outside_error(newest_server, graphs.blended(**changes)) < 1e-5

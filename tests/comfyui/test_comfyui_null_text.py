@@ -88,6 +88,44 @@ def test_the_report_says_what_the_sampler_finds(newest_server: ComfyServer) -> N
         assert words in report
 
 
+def test_the_negative_comes_back_from_a_file(server: ComfyServer) -> None:
+    graph = reconstruction()
+    graph["keep"] = graphs.node(
+        "RetraceSaveInversion", trajectory=["invert", 1], negative=["null", 0], name="with_negative", overwrite=True
+    )
+    before = graphs.latent(server, server.run(graph), "save_sample")
+    graph["load"] = graphs.node("RetraceLoadInversion", name="with_negative", folder="output", model=["pebble", 0])
+    graph["sample"]["inputs"] |= {"negative": ["load", 3], "latent_image": ["load", 0]}
+    for name in ("invert", "null", "keep", "plain", "save_plain"):
+        del graph[name]
+    assert torch.equal(before, graphs.latent(server, server.run(graph), "save_sample"))
+
+
+def test_only_an_optimised_negative_goes_into_the_file(newest_server: ComfyServer) -> None:
+    graph = reconstruction()
+    graph["keep"] = graphs.node(
+        "RetraceSaveInversion", trajectory=["invert", 1], negative=["empty", 0], name="plain", overwrite=True
+    )
+    _fails(newest_server, graph, "RetraceSaveInversion", "negative: this CONDITIONING was not optimised")
+    assert not (newest_server.base / "output" / "plain.safetensors").exists()
+    graph["keep"]["inputs"].pop("negative")
+    graph["load"] = graphs.node("RetraceLoadInversion", name="plain", folder="output", model=["pebble", 0])
+    newest_server.run({k: v for k, v in graph.items() if k != "load"})
+    graph["sample"]["inputs"]["negative"] = ["load", 3]
+    result = newest_server.run(graph)  # ComfyUI tells the browser why, and does not run what depends on it
+    assert "save_sample" not in result.outputs
+
+
+def test_areas_beside_it_are_refused(newest_server: ComfyServer) -> None:
+    """Core gives the positive's area a negative of its own, which would be that of the first step."""
+    graph = reconstruction()
+    graph["area"] = graphs.node(
+        "ConditioningSetArea", conditioning=["caption", 0], width=64, height=64, x=0, y=0, strength=1.0
+    )
+    graph["sample"]["inputs"]["positive"] = ["area", 0]
+    _fails(newest_server, graph, "KSamplerAdvanced", "Null-text Optimizer: an area", "whole picture")
+
+
 def test_the_second_edit_neither_inverts_nor_optimises(server: ComfyServer) -> None:
     graph = reconstruction()
     graph["other"] = graphs.node("CLIPTextEncode", text="a green star", clip=["pebble", 1])

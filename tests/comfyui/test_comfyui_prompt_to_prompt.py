@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import graphs
@@ -133,6 +134,16 @@ def test_proximal_guidance_changes_less(server: ComfyServer) -> None:
     assert error[0] < error[1]
 
 
+def test_proximal_guidance_is_no_guidance_at_cfg_1(newest_server: ComfyServer) -> None:
+    graph = edit("proximal")
+    graph["proximal"] = graphs.node("RetraceProximalGuidance", model=["p2p", 0], quantile=0.9, kind="hard")
+    graph["sample"]["inputs"]["cfg"] = 1.0
+    _, with_it = run(newest_server, graph)
+    graph["sample"]["inputs"]["model"] = ["p2p", 0]
+    _, without = run(newest_server, graph)
+    assert torch.equal(with_it, without)
+
+
 def test_a_word_becomes_a_mask(server: ComfyServer) -> None:
     graph = edit()
     graph["words"] = graphs.node(
@@ -167,9 +178,48 @@ def test_the_sampler_needs_its_latent_and_its_positive(newest_server: ComfyServe
     graph["sample"]["inputs"]["latent_image"] = ["invert", 0]
     fails(newest_server, graph, "has 2 prompts", "batch of 1", "LATENT output")
     graph = edit("p2p")
-    graph["long"] = graphs.node("ConditioningConcat", conditioning_to=["target", 0], conditioning_from=["empty", 0])
+    graph["sample"]["inputs"]["positive"] = ["caption", 0]
+    fails(newest_server, graph, "Prompt-to-Prompt: the sampler's positive is another conditioning", "'positive' output")
+    graph["long"] = graphs.node("ConditioningConcat", conditioning_to=["p2p", 1], conditioning_from=["empty", 0])
     graph["sample"]["inputs"]["positive"] = ["long", 0]
     fails(newest_server, graph, "attends to 154 tokens")
+
+
+def test_guiders_with_other_orders_edit_the_positive(newest_server: ComfyServer) -> None:
+    """DualCFGGuider evaluates the negative first; with both cfgs alike it is plain guidance."""
+    graph = edit("p2p")
+    parts = {
+        "noise": graphs.node("DisableNoise"),
+        "ksampler": graphs.node("KSamplerSelect", sampler_name="euler"),
+        "cfg": graphs.node("CFGGuider", model=["p2p", 0], positive=["p2p", 1], negative=["empty", 0], cfg=4.0),
+        "dual": graphs.node(
+            "DualCFGGuider", model=["p2p", 0], cond1=["p2p", 1], cond2=["p2p", 1], negative=["empty", 0],
+            cfg_conds=4.0, cfg_cond2_negative=4.0, style="regular",
+        ),
+    }  # fmt: skip
+    graph |= parts
+    for name in ("cfg", "dual"):
+        graph[f"sample_{name}"] = graphs.node(
+            "SamplerCustomAdvanced", noise=["noise", 0], guider=[name, 0], sampler=["ksampler", 0],
+            sigmas=["invert", 2], latent_image=["p2p", 2],
+        )  # fmt: skip
+        graph[f"save_{name}"] = graphs.save(f"sample_{name}")
+    result = newest_server.run(graph)
+    plain, dual = (graphs.latent(newest_server, result, f"save_{name}") for name in ("cfg", "dual"))
+    torch.testing.assert_close(dual, plain, rtol=1e-3, atol=1e-3)
+
+
+def test_a_latent_out_of_a_batch_keeps_its_noise(newest_server: ComfyServer) -> None:
+    graph = edit("p2p", latent=["second", 0], cross_replace=1.0, self_replace=1.0)
+    graph["blank"] = graphs.node("EmptyLatentImage", width=128, height=128, batch_size=2)
+    graph["second"] = graphs.node("LatentFromBatch", samples=["blank", 0], batch_index=1, length=1)
+    graph["sample"]["inputs"] |= {"add_noise": "enable"}
+    graph["alone"] = copy.deepcopy(graph["sample"])
+    graph["alone"]["inputs"] |= {"model": ["pebble", 0], "positive": ["caption", 0], "latent_image": ["second", 0]}
+    graph["save_alone"] = graphs.save("alone")
+    result = newest_server.run(graph)
+    batch, alone = (graphs.latent(newest_server, result, f"save_{name}") for name in ("sample", "alone"))
+    torch.testing.assert_close(batch[:1], alone, rtol=1e-3, atol=1e-3)
 
 
 def test_direct_inversion_needs_one_picture_of_that_size(newest_server: ComfyServer) -> None:

@@ -53,6 +53,38 @@ def test_patched_attention_serves_core_samplers(comfy_subject: Any) -> None:
     assert torch.equal(again, plain), "the model itself was not changed"
 
 
+@pytest.mark.parametrize("key", [("middle", 0), ("middle", 0, 0)])
+def test_prompt_to_prompt_keeps_patches_that_come_after_it(comfy_subject: Any, key: tuple[Any, ...]) -> None:
+    """As IP-Adapter packs put them in, by block or by layer; before or after makes no difference."""
+    import comfy.sample
+
+    from retrace import prompt_to_prompt as p2p
+    from retrace.hosts.comfyui.prompt_to_prompt import patch_prompt_to_prompt
+    from retrace.hosts.comfyui.prompts import encode_prompts
+
+    host = comfy_subject.host
+    texts = ["a red circle", "a blue circle"]
+    prompts = host.read_prompts(texts)
+    edit = p2p.plan(prompts[0], prompts[1:])
+    conds = (encode_prompts(host.clip, texts), encode_prompts(host.clip, [""]), torch.zeros(2, 4, 16, 16))
+
+    def silenced(model: Any) -> Any:
+        clone = model.clone()
+        clone.set_model_attn2_replace(lambda q, k, v, extra: torch.zeros_like(q), *key)
+        return clone
+
+    def sampled(model: Any) -> torch.Tensor:
+        noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        out: torch.Tensor = comfy.sample.sample(
+            model, noise, 2, 5.0, "euler", "normal", *conds, seed=1, disable_pbar=True
+        )
+        return out
+
+    after = sampled(silenced(patch_prompt_to_prompt(host.model, edit)))
+    torch.testing.assert_close(after, sampled(patch_prompt_to_prompt(silenced(host.model), edit)), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(after, sampled(patch_prompt_to_prompt(host.model, edit)), atol=1e-4)
+
+
 def test_merged_tokens_are_refused(comfy_subject: Any) -> None:
     from retrace.hosts.comfyui import ComfyHost
 

@@ -35,13 +35,16 @@ def test_the_defaults_of_an_edit_are_those_of_the_example_graph(graph: Graph) ->
 
 def test_settings_and_words_reach_every_node_that_has_them(graph: Graph) -> None:
     before = json.dumps(graph)
-    settings = EditSettings(steps=7, guidance=3.0, method="fixed_point", seed=5, background="fixed", shrink=2)
+    settings = EditSettings(
+        steps=7, guidance=3.0, method="fixed_point", seed=5, sampler="euler", background="fixed", cells="max", shrink=2
+    )
     changed = adapted(graph, settings, "a green star")
     assert json.dumps(graph) == before, "the graph that was given was changed"
     inverter, sampler = only(changed, "RetraceDDIMInverter"), only(changed, "KSampler")
     assert (inverter["steps"], inverter["method"]) == (7, "fixed_point")
-    assert (sampler["steps"], sampler["cfg"], sampler["seed"]) == (7, 3.0, 5)
-    assert (only(changed, "RetraceBlendStep")["noise"], only(changed, "RetraceBlendStep")["seed"]) == ("fixed", 5)
+    assert (sampler["steps"], sampler["cfg"], sampler["seed"], sampler["sampler_name"]) == (7, 3.0, 5, "euler")
+    blend = only(changed, "RetraceBlendStep")
+    assert [blend[name] for name in ("noise", "cells", "shrink_stages", "seed")] == ["fixed", "max", 2, 5]
     assert "a green star" in json.dumps(changed)
     assert links(changed) <= set(changed)
 
@@ -53,6 +56,13 @@ def test_the_reconstruction_comes_back_without_guidance_or_new_noise(graph: Grap
     assert back["positive"] == inverter["positive"]
     assert changed[back["sigmas"][0]]["inputs"] is inverter and back["sigmas"][1] == 2
     assert only(changed, "KSamplerSelect") == {"sampler_name": "euler"}
+
+
+def test_the_sampler_that_paints_is_not_the_one_that_retraces(graph: Graph) -> None:
+    changed = adapted(graph, EditSettings(steps=50, strength=0.7, sampler="euler_ancestral"), "x")
+    customs = (n["inputs"] for n in changed.values() if n["class_type"] == "SamplerCustom")
+    named = {n["add_noise"]: changed[n["sampler"][0]]["inputs"]["sampler_name"] for n in customs}
+    assert named == {True: "euler_ancestral", False: "euler"}
 
 
 def test_little_strength_walks_the_last_steps_of_the_same_grid(graph: Graph) -> None:

@@ -13,6 +13,7 @@ from retrace import prompt_to_prompt as p2p
 from retrace.errors import RetraceError
 from retrace.host import AttentionCall, Row
 from retrace.prompt_to_prompt.alignment import align
+from retrace.prompt_to_prompt.control import attention_maps
 from retrace.proximal import Proximal
 from retrace.words import Prompt, read_prompt
 
@@ -136,6 +137,25 @@ class TestPlan:
         assert "gone: red" in p2p.describe_edit(p2p.plan(prompt("a red cat"), [prompt("a cat")]))
 
 
+class TestTokenPicture:
+    def test_a_swap_is_dark_a_new_word_orange_and_the_rest_empty(self) -> None:
+        source, target = prompt("a cat"), prompt("a big dog")
+        (picture,) = p2p.token_pictures(p2p.plan(source, [target]))
+        height, width, _ = picture.shape
+        # Cells of 32 px, two rows and three columns, in the lower right corner, 12 px from the border.
+        middles = [[picture[height - 12 - 48 + 32 * i, width - 12 - 80 + 32 * j] for j in range(3)] for i in range(2)]
+        blue = [[bool(cell[2] - cell[0] > 0.3) for cell in row] for row in middles]
+        orange = [[bool(cell[0] - cell[2] > 0.3) for cell in row] for row in middles]
+        assert blue == [[True, False, False], [False, False, True]]
+        assert orange == [[False, True, False]] * 2
+
+    def test_tables_of_several_targets_are_of_one_size(self) -> None:
+        targets = [prompt("a dog"), prompt("a very very old chi|hua|hua")]
+        pictures = p2p.token_pictures(p2p.plan(prompt("a cat"), targets))
+        assert pictures.shape[0] == 2 and pictures.shape[3] == 3
+        assert float(pictures.min()) >= 0 and float(pictures.max()) <= 1
+
+
 class TestController:
     ROWS = (Row(0, 0), Row(0, 1), Row(1, 0), Row(1, 1))
 
@@ -157,6 +177,13 @@ class TestController:
         torch.testing.assert_close(out[1], expected @ v[1], rtol=1e-5, atol=1e-5)
         for untouched in (0, 2, 3):
             torch.testing.assert_close(out[untouched], own[untouched] @ v[untouched], rtol=1e-5, atol=1e-5)
+
+    def test_maps_in_half_precision_do_not_overflow(self) -> None:
+        """As large as the queries and keys of SD2.x get: their products are beyond the 65504 of fp16."""
+        q, k = torch.full((1, 1, 4, 64), 60.0), torch.full((1, 1, 3, 64), 60.0)
+        k[..., 1, :] = 59.9
+        got = attention_maps(q.half(), k.half())
+        torch.testing.assert_close(got, maps(q, k.half().float()), rtol=1e-4, atol=1e-6)
 
     def test_the_order_of_the_rows_does_not_matter(self) -> None:
         edit = p2p.plan(prompt("a cat"), [prompt("a dog")])

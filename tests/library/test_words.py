@@ -31,6 +31,13 @@ def test_pieces_become_words() -> None:
     assert read.spaced() == [("a", (1,)), ("Chihuahua,", (2, 3, 4)), ("asleep", (5,))]
 
 
+def test_letters_beyond_ascii_are_read_as_they_are_written() -> None:
+    """CLIP's pieces are bytes in disguise, and a letter may even be cut in two."""
+    read = prompt("a café — 猫", "a", "cafÃ©", "âĢĶ", "ç|Į«")
+    assert [word.text for word in read.words] == ["a", "café", "—", "猫"]
+    assert read.find("Café") == (2,) and read.find("猫") == (4, 5)
+
+
 def test_a_word_that_comes_twice_is_found_twice() -> None:
     assert prompt("a cat and a dog").find("a") == (1, 4)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...blending import Blend, BlendRun, Level, NoiseMode
 from ...errors import InvalidImage
-from ...masks import latent_mask
+from ...masks import LatentMaskMode, latent_mask
 from ...trajectory import Trajectory
 from ...validation import check_latent, check_mask, describe
 from .host import ComfyHost
@@ -23,6 +23,7 @@ def patch_blend(
     *,
     noise: NoiseMode = "fixed",
     level: Level = "next",
+    cells: LatentMaskMode = "max",
     stages: int = 0,
     seed: int = 0,
 ) -> Any:
@@ -31,6 +32,7 @@ def patch_blend(
     Args:
         source: a LATENT dict as the VAE encodes it, or the trajectory of its inversion.
         mask: [B or 1, H, W] in pixels of the picture (or on the latent grid), 1 = edit.
+        cells: what a pixel mask becomes on the latent grid, see :func:`retrace.masks.latent_mask`.
         noise, level, stages, seed: see :class:`retrace.blending.Blend`.
 
     Raises:
@@ -47,15 +49,15 @@ def patch_blend(
             raise InvalidImage(f"source: got {describe(source)}, but a LATENT is needed. Connect a 'VAE Encode'.")
         samples = check_latent("source", source["samples"], host.latent_channels)
         clean = host.to_model_scale(samples.float().cpu())
-    cells = _on_grid(mask, clean, host.downscale)
+    grid = _on_grid(mask, clean, host.downscale, cells)
     kept = source if isinstance(source, Trajectory) else clean
-    blend = Blend(kept, cells, host.parametrisation, noise, level, stages, seed)
+    blend = Blend(kept, grid, host.parametrisation, noise, level, stages, seed)
     patched = model.clone()
     _Patch(blend).install(patched)
     return patched
 
 
-def _on_grid(mask: Tensor, latent: Tensor, cell: int) -> Tensor:
+def _on_grid(mask: Tensor, latent: Tensor, cell: int, mode: LatentMaskMode) -> Tensor:
     """``mask`` on the grid of ``latent``. It may have the size of the latent, or that of the picture."""
     height, width = latent.shape[-2:]
     mask = check_mask("mask", mask, allow_empty=True).float().cpu()
@@ -68,7 +70,7 @@ def _on_grid(mask: Tensor, latent: Tensor, cell: int) -> Tensor:
     # 'VAE Encode' cuts a picture to whole cells, as much on one side as on the other: so must its mask be.
     top, left = (pixels // 2 for pixels in spare)
     mask = mask[:, top : top + height * cell, left : left + width * cell]
-    return latent_mask(mask, size=(height, width))
+    return latent_mask(mask, mode=mode, size=(height, width))
 
 
 class _Patch(RunPatch):

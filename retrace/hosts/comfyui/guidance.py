@@ -13,7 +13,9 @@ def patch_proximal(model: Any, proximal: Proximal) -> Any:
     """A clone of the MODEL whose samplers guide with ``proximal``. It takes the place of another such rule."""
 
     def guide(args: dict[str, Any]) -> Tensor:
-        # Core asks for what is to be taken off the latent.
+        # Core asks for what is to be taken off the latent. At cfg 1 nothing is guided, and it has no negative estimate.
+        if args["cond_scale"] == 1:
+            return args["input"] - args["cond_denoised"]  # type: ignore[no-any-return]
         return args["input"] - proximal.guided(args["uncond_denoised"], args["cond_denoised"], args["cond_scale"])  # type: ignore[no-any-return]
 
     patched = model.clone()

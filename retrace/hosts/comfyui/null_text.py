@@ -141,6 +141,45 @@ def conditioning_per_step(model_sampling: Any, sigmas: Tensor, embeddings: Tenso
     return entries
 
 
+def to_tensors(conditioning: Any) -> dict[str, Tensor]:
+    """What :func:`from_tensors` makes an optimised CONDITIONING of again, for a file.
+
+    Raises :class:`~retrace.errors.RetraceError` for one that no optimiser made, or that carries more than numbers.
+    """
+    entries = [entry for entry in _entries("negative", conditioning) if _KEY in entry[1]]
+    if len(entries) != len(conditioning):
+        raise RetraceError(
+            "negative: this CONDITIONING was not optimised. Connect the 'negative' of a 'Null-text Optimizer', or "
+            "nothing: plain words need no file."
+        )
+    kept = {
+        "embeddings": torch.stack([embedding.float().cpu() for embedding, _ in entries]),
+        "levels": torch.tensor([options[_KEY].sigma for _, options in entries]),
+    }
+    for name, value in entries[0][1].items():
+        if name in ("start_percent", "end_percent", "hooks", _KEY) or value is None:
+            continue
+        if not isinstance(value, Tensor | int | float):
+            raise RetraceError(
+                f"negative: this CONDITIONING carries '{name}' ({type(value).__name__}), which a file cannot hold. "
+                "Connect the 'negative' of the 'Null-text Optimizer' itself."
+            )
+        kept[f"option.{name}"] = value.cpu() if isinstance(value, Tensor) else torch.tensor(value)
+    return kept
+
+
+def from_tensors(host: ComfyHost, tensors: Mapping[str, Tensor]) -> list[list[Any]]:
+    """The CONDITIONING that :func:`to_tensors` took apart, one entry per step, for the model of ``host``."""
+    options: dict[str, Any] = {
+        name.removeprefix("option."): value if value.ndim else value.item()
+        for name, value in tensors.items()
+        if name.startswith("option.")
+    }
+    sigmas = torch.cat([tensors["levels"], torch.zeros(1)])
+    sampling = host.model.get_model_object("model_sampling")
+    return conditioning_per_step(sampling, sigmas, tensors["embeddings"], [[None, options]])
+
+
 def step_ranges(model_sampling: Any, levels: list[float]) -> list[tuple[float, float]]:
     """``(start_percent, end_percent)`` for every one of the descending ``levels``, cut between neighbours.
 
@@ -205,6 +244,12 @@ def _refuse_other_levels(executor: Any, *args: Any, **kwargs: Any) -> Any:
         ours = [entry for entry in cond or () if _KEY in entry]
         if ours:
             sigma = float(torch.as_tensor(timestep).max()) if sigma is None else sigma
+            if len(ours) < len(cond):
+                raise RetraceError(
+                    "Null-text Optimizer: an area or a mask of the other conditioning needs a negative of its own, and "
+                    "the optimised one holds for the whole picture. Take 'Conditioning (Set Area)', 'Set Mask' or "
+                    "'Combine' out of the sampler's positive."
+                )
             _check_step(ours, sigma, int(x.shape[0]))
     return executor(*args, **kwargs)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.patcher_extension
 import torch
 from torch import Tensor
 
@@ -14,7 +15,9 @@ from ...schedule import step_of
 from ...trajectory import Trajectory
 from .attention import install_attention
 from .host import ComfyHost
+from .prompts import MARK
 from .run_patch import RunPatch, SamplerCall
+from .unet import attention_layers
 
 
 def patch_prompt_to_prompt(model: Any, edit: PromptToPrompt) -> Any:
@@ -22,10 +25,9 @@ def patch_prompt_to_prompt(model: Any, edit: PromptToPrompt) -> Any:
 
     All images start from the noise of the first. Raises :class:`~retrace.errors.UnsupportedModel` without a UNet.
     """
+    attention_layers(model.model.diffusion_model)
     patched = model.clone()
-    patch = _Patch(edit)
-    install_attention(patched.model_options, patched.model.diffusion_model, patch.attend)
-    patch.install(patched)
+    _Patch(edit).install(patched)
     return patched
 
 
@@ -48,6 +50,9 @@ def patch_direct_inversion(model: Any, trajectory: Trajectory) -> Any:
     patched = model.clone()
     _DirectPatch(trajectory).install(patched)
     return patched
+
+
+NOWHERE = -1  # the number of no condition
 
 
 class _EditRun:
@@ -79,6 +84,11 @@ class _Patch(RunPatch):
         self.edit = edit
         self._controller: Controller | None = None
 
+    def install(self, patcher: Any) -> None:
+        super().install(patcher)
+        kind = comfy.patcher_extension.WrappersMP.CALC_COND_BATCH
+        patcher.add_wrapper_with_key(kind, self.key, self.evaluate)
+
     def begin(self, call: SamplerCall) -> _EditRun:
         noise: Tensor = call["noise"]
         if noise.shape[0] != self.edit.prompts:
@@ -88,12 +98,36 @@ class _Patch(RunPatch):
                 "'Prompt-to-Prompt' to the sampler."
             )
         call["noise"] = noise[:1].repeat(len(noise), *[1] * (noise.ndim - 1))
+        # Only now, because what other packs patched into the attention in the meantime must be there to be kept.
+        arguments = dict(call["extra_args"])
+        options = arguments["model_options"] = dict(arguments.get("model_options", {}))
+        install_attention(options, call["model_wrap"].inner_model.diffusion_model, self.attend)
+        call["extra_args"] = arguments
         sigmas: Tensor = call["sigmas"]
         self._controller = self.edit.start(len(sigmas) - 1)
+        self._controller.positive = NOWHERE
+        self._seen = False
         return _EditRun(self._controller, sigmas.clone())
 
     def end(self) -> None:
         self._controller = None
+
+    def evaluate(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Around every evaluation of all conditions: which of them is the one to edit? Guiders order them as they like.
+
+        An evaluation of other conditions only (that of Self-Attention Guidance, say) is left alone.
+        """
+        conds = args[1] if len(args) > 1 else kwargs["conds"]
+        ours = [n for n, cond in enumerate(conds) if any(MARK in entry for entry in cond or ())]
+        if self._controller is not None:
+            if not ours and not self._seen:
+                raise RetraceError(
+                    "Prompt-to-Prompt: the sampler's positive is another conditioning, so nothing would be edited. "
+                    "Connect the 'positive' output of 'Prompt-to-Prompt' to the sampler."
+                )
+            self._seen = True
+            self._controller.positive = ours[0] if ours else NOWHERE
+        return executor(*args, **kwargs)
 
     def attend(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The attention hook of every run; outside of one nothing is edited."""

@@ -11,6 +11,9 @@ from ...errors import UnsupportedModel
 from ...words import Prompt, read_prompt
 from . import plain
 
+MARK = "retrace_prompts"
+"""In the options of a CONDITIONING: it holds a prompt for each image of an edit."""
+
 Tokens = dict[str, list[list[Any]]]
 
 
@@ -37,7 +40,7 @@ def encode_prompts(clip: Any, prompts: Sequence[str]) -> Any:
             "Connect a CLIP without them."
         )
     embeddings = torch.cat([plain.alias(part[0][0]) for part in parts])
-    options = dict(parts[0][0][1])
+    options = {**parts[0][0][1], MARK: True}
     pooled = [part[0][1].get("pooled_output") for part in parts]
     if all(p is not None for p in pooled):
         options["pooled_output"] = torch.cat([plain.alias(p) for p in pooled])

@@ -15,7 +15,7 @@ from .data import ScenePool
 from .stage import Stage, best_device
 
 # How the time is shared; the UNet has the most to learn.
-SHARES = {"vae": 0.25, "unet": 0.65, "clip": 0.1}
+SHARES = {"vae": 0.2, "unet": 0.5, "refine": 0.2, "clip": 0.1}
 
 
 def round_to_half(model: torch.nn.Module) -> torch.nn.Module:
@@ -48,15 +48,19 @@ def main() -> None:
         autoencoder = round_to_half(stages["vae"].model)
         latents = unet.cache_latents(autoencoder, pool, args.work / "latents.pt")
         export.write_vae(args.out, autoencoder, round(1 / float(latents.std()), 5))
-    if "unet" in args.only:
+    if {"unet", "refine"} & set(args.only):
         autoencoder = vae.load(args.out)
         latents = unet.cache_latents(autoencoder, pool, args.work / "latents.pt") * autoencoder.config.scaling_factor
+    if "unet" in args.only:
         export.write_preview(args.out, latents[:512], pool.images[:512])
         stages["unet"] = unet.train(args.work, seconds["unet"], pool, latents)
         export.write_unet(args.out, stages["unet"].model["unet"])
         export.write_text_encoder(args.out, stages["unet"].model["text"])
         export.write_tokenizer(args.out)
         export.write_pipeline(args.out)
+    if "refine" in args.only:
+        stages["refine"] = unet.refine(args.work, seconds["refine"], pool, latents, export.read_shipped(args.out))
+        export.write_unet(args.out, stages["refine"].model["unet"])
     if "clip" in args.only:
         text_encoder = load_file(args.out / "text_encoder" / "model.safetensors")
         stages["clip"] = clip.train(args.work, seconds["clip"], pool, text_encoder)

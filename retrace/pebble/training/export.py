@@ -52,6 +52,16 @@ def write_unet(folder: Path, unet: nn.Module) -> None:
     write_json(folder / "unet" / "config.json", {"_class_name": "UNet2DConditionModel", **architecture.UNET})
 
 
+def read_shipped(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The states of ``unet`` and ``text`` in ``folder``, in float32."""
+    from safetensors.torch import load_file
+
+    unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    text = load_file(folder / "text_encoder" / "model.safetensors")
+    text = {name.removeprefix("text_model."): weight for name, weight in text.items()}
+    return {part: {k: v.float() for k, v in state.items()} for part, state in {"unet": unet, "text": text}.items()}
+
+
 def write_tokenizer(folder: Path) -> None:
     """CLIP's byte-pair vocabulary (MIT, Radford et al. 2021), read from the copy inside open_clip."""
     import gzip

@@ -42,6 +42,7 @@ class Stage:
     ema_decay: float = 0.999
     muon: Callable[[str, Tensor], bool] = lambda name, weight: False
     muon_lr: float = 2e-3
+    seed: int = 0  # of the data; a stage that goes over the same scenes again takes another one
     save_every: float = 120.0
     device: torch.device = field(default_factory=lambda: best_device())
 
@@ -101,7 +102,7 @@ class Stage:
         while self.progress < 1.0:
             start = time.monotonic()
             # The generator follows from the step, so that a resumed run sees the same data.
-            generator = torch.Generator().manual_seed(7_919 * (self.step + 1))
+            generator = torch.Generator().manual_seed(7_919 * (self.seed + self.step + 1))
             scale = min(1.0, (self.step + 1) / self.warmup) * (
                 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.progress))
             )

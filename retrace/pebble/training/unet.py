@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ BATCH = 64
 EMPTY_CAPTIONS = 0.12
 SPREAD = 1.3  # standard deviation of log sigma
 UNIFORM = 0.15
+REFINE = 100_000  # seed of its data
 log = logging.getLogger("retrace.pebble")
 
 
@@ -85,20 +87,45 @@ def train(folder: Path, seconds: float, pool: ScenePool, latents: Tensor, max_st
     The text tower learns along: what the UNet needs from the words is not what tells pictures apart, and a tower
     trained for that alone keeps the shapes too close to each other.
     """
+    torch.manual_seed(3)
+    networks = nn.ModuleDict({"unet": build(), "text": text_tower.build()})
+    run = Stage("unet", networks, folder, seconds, max_steps, lr=1e-3, ema_decay=0.9985, muon=is_hidden)
+    run.run(velocity_loss(run, pool, latents, torch.ones(len(latents))))
+    return run
+
+
+def refine(
+    folder: Path, seconds: float, pool: ScenePool, latents: Tensor, shipped: dict[str, Any], max_steps: int = 2_500
+) -> Stage:
+    """A second cosine for the UNet alone, from ``shipped`` (states of ``unet`` and ``text``), at a lower rate.
+
+    The text tower stays as it is, so that the CLIP that was trained against it stays valid. Scenes with a star come
+    twice as often: their outline is the longest, and the last that a UNet learns.
+    """
+    networks = nn.ModuleDict({"unet": build(), "text": text_tower.build()})
+    for name, state in shipped.items():
+        networks[name].load_state_dict(state)
+    networks["text"].requires_grad_(False)
+    muon: dict[str, Any] = {"muon": is_hidden, "muon_lr": 1.2e-3}
+    run = Stage("refine", networks, folder, seconds, max_steps, lr=6e-4, ema_decay=0.998, seed=REFINE, **muon)
+    stars = [any(o.shape == "star" for o in scene.objects) for scene in pool.scenes]
+    run.run(velocity_loss(run, pool, latents, 1.0 + torch.tensor(stars).float()))
+    return run
+
+
+def velocity_loss(run: Stage, pool: ScenePool, latents: Tensor, chances: Tensor) -> Callable[[torch.Generator], Tensor]:
+    """The loss of one batch; scene i is drawn in proportion to ``chances[i]``."""
     from diffusers.models.attention_processor import AttnProcessor
 
-    torch.manual_seed(3)
-    unet = build()
+    unet, text = run.model["unet"], run.model["text"]
     # Plain matrix products: on CPUs a good deal faster to train than the fused attention, and the same on GPUs.
     unet.set_attn_processor(AttnProcessor())
-    networks = nn.ModuleDict({"unet": unet, "text": text_tower.build()})
-    run = Stage("unet", networks, folder, seconds, max_steps, lr=1e-3, ema_decay=0.9985, muon=is_hidden)
     captions = Captions()
     signal = alphas_cumprod()
     log_sigmas = ((1 - signal) / signal).sqrt().log()
 
     def loss(generator: torch.Generator) -> Tensor:
-        which = torch.randint(len(latents), (BATCH,), generator=generator)
+        which = torch.multinomial(chances, BATCH, replacement=True, generator=generator)
         x0 = latents[which]
         t = draw_timesteps(BATCH, log_sigmas, generator)
         noise = torch.randn(x0.shape, generator=generator)
@@ -106,9 +133,8 @@ def train(folder: Path, seconds: float, pool: ScenePool, latents: Tensor, max_st
         x = a.sqrt() * x0 + (1 - a).sqrt() * noise
         v = a.sqrt() * noise - (1 - a).sqrt() * x0
         ids = captions([training_caption(pool.scenes[i], generator, EMPTY_CAPTIONS) for i in which.tolist()])
-        context = networks["text"](ids.to(run.device)).last_hidden_state
+        context = text(ids.to(run.device)).last_hidden_state
         predicted = unet(x.to(run.device), t.to(run.device), context).sample
         return F.mse_loss(predicted.float(), v.to(run.device))
 
-    run.run(loss)
-    return run
+    return loss

@@ -1,0 +1,94 @@
+"""``python -m benchmarks.editing_memory sd15``: what editing by words costs at 512 px on a real-sized model in ComfyUI.
+
+Run it with ComfyUI's Python and ``COMFYUI_PATH`` set (``--cpu`` as for ComfyUI). The models have SD1.5's or SDXL's
+shapes and random weights. Every stage of the graphs runs for a few steps, as the memory does not grow with more; the
+table shows peaks above the loaded weights, network evaluations and seconds per step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from .large_models import Peak, build, use_comfyui
+
+TEXTS = ["a photo of a red car on a beach", "a photo of a blue car on a beach"]
+GUIDANCE = 7.5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=("sd15", "sdxl"))
+    parser.add_argument("--size", type=int, default=512, help="of the picture, in pixels a side")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16")
+    parser.add_argument("--only", nargs="*", help="words of the stages' names")
+    parser.add_argument("--cpu", action="store_true")
+    args = parser.parse_args()
+    use_comfyui()
+    import comfy.sample
+    import torch
+
+    from retrace import prompt_to_prompt as p2p
+    from retrace.hosts.comfyui import ComfyHost
+    from retrace.hosts.comfyui.edit_friendly import prepare_edit_friendly
+    from retrace.hosts.comfyui.inversion import invert_latent
+    from retrace.hosts.comfyui.null_text import optimise
+    from retrace.hosts.comfyui.prompt_to_prompt import patch_direct_inversion, patch_prompt_to_prompt
+    from retrace.hosts.comfyui.prompts import encode_prompts, read_prompts
+
+    model, clip = build(args.model, getattr(torch, args.dtype))
+    host = ComfyHost(model, clip)
+    source, both, empty = (encode_prompts(clip, texts) for texts in (TEXTS[:1], TEXTS, [""]))
+    prompts = read_prompts(clip, TEXTS)
+    blend = p2p.local_blend(prompts, ["car"])
+    edit = p2p.plan(prompts[0], prompts[1:], cross_replace=(0.0, 0.8), self_replace=(0.0, 0.4), blend=blend)
+    cells = args.size // 8
+    latent = torch.randn(1, 4, cells, cells, generator=torch.Generator().manual_seed(0))
+    sigmas = host.sigmas("normal", args.steps)
+
+    def sampled(patched: Any, positive: Any, negative: Any, noise: Any) -> Any:
+        sampler = comfy.samplers.sampler_object("euler")
+        silence = torch.zeros_like(noise)
+        return comfy.sample.sample_custom(
+            patched, silence, GUIDANCE, sampler, sigmas, positive, negative, noise, disable_pbar=True
+        )
+
+    def inverted() -> Any:
+        return invert_latent(host, latent, sigmas, source, "ddim", verify=False)
+
+    def edited(held: bool) -> Any:
+        patched = patch_prompt_to_prompt(model, edit)
+        if held:
+            patched = patch_direct_inversion(patched, path.trajectory)
+        return sampled(patched, both, empty, path.noise.repeat(2, 1, 1, 1))
+
+    stages = {
+        "plain sampling, one picture": lambda: sampled(model, source, empty, path.noise),
+        "plain sampling, two pictures": lambda: sampled(model, both, empty, path.noise.repeat(2, 1, 1, 1)),
+        "DDIM inversion": inverted,
+        "edit-friendly inversion": lambda: prepare_edit_friendly(host, latent, sigmas, source, empty, 3.5, seed=0),
+        "null-text optimisation": lambda: optimise(
+            host, path.trajectory, source, empty, GUIDANCE, inner_steps=2, early_stop=0.0
+        ),
+        "Prompt-to-Prompt, local blend": lambda: edited(held=False),
+        "Direct Inversion + Prompt-to-Prompt, local blend": lambda: edited(held=True),
+    }
+    with torch.inference_mode():
+        path = inverted()  # loads the model and fills the allocator's pools
+        weights = sum(p.numel() * p.element_size() for p in model.model.parameters()) / 1e6
+        print(f"{args.model}, {args.dtype}, {args.size} px, weights {weights:.0f} MB\n", flush=True)
+        print("| stage | peak above the weights | seconds a step |\n|---|---|---|")
+        for name, stage in stages.items():
+            if args.only and not any(word.lower() in name.lower() for word in args.only):
+                continue
+            begun = time.perf_counter()
+            with Peak() as peak:
+                stage()
+            seconds = (time.perf_counter() - begun) / args.steps
+            print(f"| {name} | {peak.peak:.0f} MB | {seconds:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
