@@ -46,7 +46,7 @@ def arguments() -> argparse.ArgumentParser:
         command.add_argument("--prompt", required=needed, help="what it shall show")
         command.add_argument("--model", type=Path, help="diffusers folder or .safetensors file (default: Pebble)")
         command.add_argument("--steps", type=int, help="sampling steps (default 50)")
-        command.add_argument("--guidance", type=float, help="how strongly the prompt counts (default 5)")
+        command.add_argument("--guidance", type=float, help="how strongly the prompt counts (default 7.5)")
         command.add_argument(
             "--strength",
             type=float,

@@ -35,6 +35,14 @@ from retrace.sampling import sample_ddim
 
 Result = dict[str, float | int]
 BATCH = 16
+INVERSIONS = (
+    ("ddim_uniform", "ddim", 50),
+    ("karras", "ddim", 50),
+    ("ddim_uniform", "fixed_point", 25),
+    ("ddim_uniform", "fixed_point", 50),
+)
+"""Scheduler, method and steps of the inversions that are measured. ``ddim_uniform`` spends its steps where the noise is
+strong; ``karras`` spends them where DDIM inversion errs, near the picture."""
 
 
 def to_nhwc(images: Tensor) -> Tensor:
@@ -85,7 +93,7 @@ def parser_on_truth(count: int) -> Result:
 
 def prompt_following(host: Any, count: int, steps: int = 50, guidance: float = 5.0) -> Result:
     """Share of samples that show the asked colour and shape, and of each alone; captions of scenes with one object."""
-    scenes = heldout(count, start=50_000, objects=1)
+    scenes = heldout(count, start=60_000, objects=1)
     found_all, colours, grounds = 0, 0, 0
     for number, part in enumerate(batches(scenes)):
         images = sample(host, [s.caption() for s in part], steps, guidance, None, seed=number)
@@ -113,15 +121,16 @@ def inversion_round_trip(host: Any, count: int) -> Result:
         latents = host.encode_image(images)
         cond = {"positive": host.encode_text([s.caption() for s in scenes])}
         bound = psnr(host.decode_latent(latents), images)
-        for method, steps in (("ddim", 50), ("fixed_point", 25), ("fixed_point", 50)):
-            sigmas = host.sigmas("ddim_uniform", steps)
+        for scheduler, method, steps in INVERSIONS:
+            sigmas = host.sigmas(scheduler, steps)
 
             def round_trip(model: Any, x0: Tensor, c: Any, method: str = method, sigmas: Tensor = sigmas) -> Tensor:
                 trajectory = invert(model, x0, sigmas, c["positive"], method=method)
                 return sample_ddim(model, trajectory.noise.to(x0), sigmas, c["positive"])
 
             back = host.decode_latent(host.run(latents, cond, round_trip))
-            totals.setdefault(f"{method}_{steps}_loss_db", []).append(bound - psnr(back, images))
+            name = f"{method}_{steps}{'' if scheduler == 'ddim_uniform' else '_' + scheduler}_loss_db"
+            totals.setdefault(name, []).append(bound - psnr(back, images))
     return {name: float(torch.cat(values).mean()) for name, values in totals.items()}
 
 
@@ -129,7 +138,7 @@ def red_circle_scenes(count: int) -> list[Scene]:
     """Held-out scenes whose first object is a red circle; at most one other object, which must stay."""
     scenes = []
     for index in range(count):
-        rng = scene_rng("heldout", 100_000 + index)
+        rng = scene_rng("heldout", 120_000 + index)
         scene = sample_scene(rng, objects=int(rng.integers(1, 3)))
         first = replace(scene.objects[0], colour="red", shape="circle")
         scenes.append(replace(scene, objects=(first, *scene.objects[1:])))
@@ -147,7 +156,9 @@ def blend_edits(host: Any, count: int, settings: EditSettings | None = None) -> 
         images = to_nhwc(render_batch(scenes))
         exact = torch.stack([instance_masks(s, shipped.margin)[0] for s in scenes])
         masks = mask_precision(exact, shipped.level, shipped.levels)
-        wanted = [replace(s, objects=(replace(s.objects[0], colour="blue", shape="square"),)) for s in scenes]
+        new = [replace(s.objects[0], colour="blue", shape="square") for s in scenes]
+        # The words for the whole picture, as for any model: what the mask leaves alone is named, too.
+        wanted = [replace(s, objects=(o, *s.objects[1:])) for s, o in zip(scenes, new, strict=True)]
         words = [[s.caption() for s in part] for part in (scenes, wanted)]
         edited = edit_image(host, images, masks, *words, replace(settings, seed=number)).edited
         hits += [found(i, "blue", "square", m) for i, m in zip(to_nchw(edited), masks, strict=True)]

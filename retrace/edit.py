@@ -42,7 +42,7 @@ class EditSettings:
     """
 
     steps: int = 50
-    guidance: float = 5.0
+    guidance: float = 7.5
     strength: float = 1.0
     scheduler: str = "ddim_uniform"
     method: Method = "ddim"
