@@ -9,7 +9,7 @@ self-attention maps, each during a window of the steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -133,12 +133,13 @@ def attention_maps(q: Tensor, k: Tensor) -> Tensor:
 class Controller:
     """An :class:`~retrace.host.AttentionHook` for one run. ``step`` is the step that runs; set it as the run goes on.
 
-    ``positive`` is the number of the condition whose rows are edited (:attr:`Row.cond`); all other rows pass untouched.
+    ``positive`` are the numbers of the conditions whose rows are edited (:attr:`Row.cond`); all other rows pass
+    untouched.
     """
 
     edit: PromptToPrompt
     steps: int
-    positive: int = 0
+    positive: Collection[int] = (0,)
     step: int = 0
     maps: WordMaps | None = field(init=False)
 
@@ -176,7 +177,7 @@ class Controller:
 
     def _groups(self, call: AttentionCall) -> list[list[int]]:
         """Numbers of the batch rows to edit, source first; one list for each entry of the condition."""
-        rows = [n for n, row in enumerate(call.rows) if row.cond == self.positive]
+        rows = [n for n, row in enumerate(call.rows) if row.cond in self.positive]
         count = self.edit.prompts
         images = [call.rows[n].image for n in rows]
         if len(rows) % count or images != list(range(count)) * (len(rows) // count):

@@ -71,7 +71,7 @@ def test_little_strength_walks_the_last_steps_of_the_same_grid(graph: Graph) -> 
     edit, back = sorted(
         (n["inputs"] for n in changed.values() if n["class_type"] == "SamplerCustom"), key=lambda n: -n["add_noise"]
     )
-    assert (edit["add_noise"], edit["noise_seed"], edit["cfg"]) == (True, 4, 5.0)
+    assert (edit["add_noise"], edit["noise_seed"], edit["cfg"]) == (True, 4, 7.5)
     assert edit["sigmas"] == back["sigmas"]
     assert links(changed) <= set(changed)
 

@@ -52,9 +52,6 @@ def patch_direct_inversion(model: Any, trajectory: Trajectory) -> Any:
     return patched
 
 
-NOWHERE = -1  # the number of no condition
-
-
 class _EditRun:
     """One run of Prompt-to-Prompt: tells the controller which step runs, and blends between steps."""
 
@@ -105,7 +102,7 @@ class _Patch(RunPatch):
         call["extra_args"] = arguments
         sigmas: Tensor = call["sigmas"]
         self._controller = self.edit.start(len(sigmas) - 1)
-        self._controller.positive = NOWHERE
+        self._controller.positive = ()
         self._seen = False
         return _EditRun(self._controller, sigmas.clone())
 
@@ -113,7 +110,7 @@ class _Patch(RunPatch):
         self._controller = None
 
     def evaluate(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Around every evaluation of all conditions: which of them is the one to edit? Guiders order them as they like.
+        """Around every evaluation of all conditions: which of them are to be edited? Guiders order them as they like.
 
         An evaluation of other conditions only (that of Self-Attention Guidance, say) is left alone.
         """
@@ -126,7 +123,7 @@ class _Patch(RunPatch):
                     "Connect the 'positive' output of 'Prompt-to-Prompt' to the sampler."
                 )
             self._seen = True
-            self._controller.positive = ours[0] if ours else NOWHERE
+            self._controller.positive = ours
         return executor(*args, **kwargs)
 
     def attend(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
