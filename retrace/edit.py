@@ -202,7 +202,8 @@ def edit_image(
         def keep(_: int, sigma: float, after: Tensor, __: Tensor) -> Tensor:
             return run(after, sigma) if sigma > 0 else run.finish(after)
 
-        anew = generator if settings.sampler == "euler_ancestral" else None
+        # Core's samplers on the CPU take this seed for the noise of their steps, so that both hosts paint the same.
+        anew = torch.Generator().manual_seed(settings.seed + 1) if settings.sampler == "euler_ancestral" else None
         return sample_ddim(model, start, sigmas, given["prompt"], given["negative"], settings.guidance, keep, anew)
 
     painted: Tensor = stage("edit", paint, latent)
