@@ -26,6 +26,8 @@ from retrace.pebble.parser import found
 from retrace.pebble.scenes import COLOURS, SHAPES, Scene, heldout, instance_masks, render_batch
 from retrace.proximal import Proximal
 
+from .pebble import to_nhwc
+
 STEPS, GUIDANCE, MARGIN = 50, 7.5, 6
 FIRST = 200_000  # of the held-out scenes; no other measurement looks at these
 SHARES = {"colour": (0.8, 0.4), "shape": (0.3, 0.05)}  # cross_replace and self_replace; a new shape needs room
@@ -132,7 +134,7 @@ def tasks(kind: str, count: int) -> list[Task]:
 
 def run(host: DiffusersHost, task: Task, method: Callable[[Setting], Tensor], blend: bool) -> tuple[bool, float, int]:
     """Whether it worked, PSNR of the background in dB, evaluations."""
-    picture = render_batch([task.source]).permute(0, 2, 3, 1)
+    picture = to_nhwc(render_batch([task.source]))
     prompts = host.read_prompts(task.texts)
     words = [o.colour if task.kind == "colour" else o.shape for o in (*task.source.objects, *task.target.objects)]
     words += [task.source.objects[0].shape]
@@ -169,7 +171,7 @@ def main() -> None:
     args = parser.parse_args()
     host = DiffusersHost.load(None)
     print(f"{args.scenes} scenes of each kind, {STEPS} steps, guidance {GUIDANCE}; the autoencoder alone:", end=" ")
-    pictures = render_batch(heldout(args.scenes, FIRST, objects=1)).permute(0, 2, 3, 1)
+    pictures = to_nhwc(render_batch(heldout(args.scenes, FIRST, objects=1)))
     print(f"{float(psnr(host.decode_latent(host.encode_image(pictures)), pictures).mean()):.1f} dB\n")
     print("| method | colour | background | shape | background | evaluations | seconds |")
     print("|---|---|---|---|---|---|---|")

@@ -20,6 +20,8 @@ from retrace.null_text import NullText, optimise_null_text
 from retrace.pebble.scenes import Scene, heldout, render_batch
 from retrace.sampling import sample_ddim
 
+from .pebble import to_nhwc
+
 STEPS, GUIDANCE = 50, 7.5
 FIRST = 300_000  # of the held-out scenes; no other measurement looks at these
 
@@ -46,7 +48,7 @@ def walk_back(model: Any, found: NullText, cond: Any, uncond: Any) -> Tensor:
 
 def measure(host: DiffusersHost, scene: Scene, options: dict[str, Any] | None) -> tuple[float, int, int]:
     """PSNR, evaluations and backward passes; without ``options`` that of plain guided sampling."""
-    picture = render_batch([scene]).permute(0, 2, 3, 1)
+    picture = to_nhwc(render_batch([scene]))
     sigmas = host.sigmas("ddim_uniform", STEPS)
     conds = {"cond": host.encode_text(scene.caption(with_ground=False)), "uncond": host.encode_text("")}
 
@@ -69,7 +71,7 @@ def main() -> None:
     args = parser.parse_args()
     host = DiffusersHost.load(None)
     scenes = heldout(args.scenes, FIRST)
-    pictures = render_batch(scenes).permute(0, 2, 3, 1)
+    pictures = to_nhwc(render_batch(scenes))
     bound = float(psnr(host.decode_latent(host.encode_image(pictures)), pictures).mean())
     print(f"{args.scenes} scenes, {STEPS} steps, guidance {GUIDANCE}; the autoencoder alone: {bound:.2f} dB\n")
     print("| embeddings | PSNR | evaluations | backward passes | seconds |\n|---|---|---|---|---|")

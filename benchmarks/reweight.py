@@ -19,6 +19,8 @@ from retrace.hosts.diffusers import DiffusersHost
 from retrace.inversion import invert
 from retrace.pebble.scenes import COLOURS, Scene, instance_masks, render_batch, sample_scene, scene_rng
 
+from .pebble import to_nhwc
+
 STEPS, GUIDANCE = 50, 5.0
 FIRST = 400_000  # of the held-out scenes; no other measurement looks at these
 WEIGHTS = (-2.0, -1.0, 0.0, 0.5, 1.0, 2.0, 4.0)
@@ -63,7 +65,7 @@ def reweighted(host: DiffusersHost, scene: Scene, word: str) -> Tensor:
         ]
         return torch.cat(samples)
 
-    picture = render_batch([scene]).permute(0, 2, 3, 1)
+    picture = to_nhwc(render_batch([scene]))
     return host.decode_latent(host.run(host.encode_image(picture), conds, work))
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 from typing import Any
 
+import comfy.samplers
 from comfy_api.latest import io
 
 PREFIX = "Retrace"
@@ -27,3 +28,21 @@ def schema(family: str, **fields: Any) -> io.Schema:
 def advanced() -> dict[str, bool]:
     """Keyword of an input that is folded away at first, where this ComfyUI can do that."""
     return {"advanced": True} if "advanced" in inspect.signature(io.Int.Input.__init__).parameters else {}
+
+
+def seed_input(tooltip: str, **more: Any) -> Any:
+    """The seed of noise that a node draws itself; it stays as it is from run to run."""
+    limits = {"default": 0, "min": 0, "max": 0xFFFFFFFFFFFFFFFF}
+    return io.Int.Input("seed", **limits, control_after_generate=False, tooltip=tooltip, **more)
+
+
+def scheduler_input(tooltip: str) -> Any:
+    """One of core's schedulers, by name."""
+    names = list(comfy.samplers.SCHEDULER_NAMES)
+    return io.Combo.Input("scheduler", options=names, default="ddim_uniform", tooltip=tooltip)
+
+
+def sigmas_input() -> Any:
+    """Noise levels in the place of steps and scheduler."""
+    tooltip = "Own noise levels, most noise first; used instead of steps and scheduler."
+    return io.Sigmas.Input("sigmas", optional=True, tooltip=tooltip)

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..retrace.errors import RetraceError
 from ..retrace.paste import paste_background
 from ._errors import reports_errors
-from ._schema import Trajectory, advanced, schema
+from ._schema import Trajectory, advanced, schema, seed_input
 
 
 class BlendStep(io.ComfyNode):
@@ -66,14 +66,7 @@ class BlendStep(io.ComfyNode):
                     max=16,
                     tooltip="For thin masks: start with this many wider masks, end with the exact one. 0 is off.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="Seed of the background's noise.",
-                ),
+                seed_input("Seed of the background's noise."),
             ],
             outputs=[
                 io.Model.Output(

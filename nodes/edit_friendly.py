@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.samplers
 import torch
 from comfy_api.latest import io, ui
 
@@ -14,7 +13,7 @@ from ..retrace.validation import check_latent
 from ._checks import latent_samples
 from ._errors import reports_errors
 from ._memory import PeakMemory
-from ._schema import Trajectory, advanced, schema
+from ._schema import Trajectory, advanced, scheduler_input, schema, seed_input, sigmas_input
 
 
 class EditFriendlyInverter(io.ComfyNode):
@@ -37,12 +36,7 @@ class EditFriendlyInverter(io.ComfyNode):
                 io.Int.Input(
                     "steps", default=50, min=1, max=1000, tooltip="Steps of the whole schedule, before skip takes some."
                 ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=list(comfy.samplers.SCHEDULER_NAMES),
-                    default="ddim_uniform",
-                    tooltip="The noise levels; SIGMAS holds those that you will sample with.",
-                ),
+                scheduler_input("The noise levels; SIGMAS holds those that you will sample with."),
                 io.Float.Input(
                     "source_cfg",
                     default=3.5,
@@ -62,14 +56,7 @@ class EditFriendlyInverter(io.ComfyNode):
                     tooltip="The share of the steps, from the noisiest on, that is left out. More keeps more of the "
                     "picture, less lets the edit change more.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="Every seed returns the same picture, and gives another edit of it.",
-                ),
+                seed_input("Every seed returns the same picture, and gives another edit of it."),
                 io.Int.Input(
                     "batch",
                     default=4,
@@ -79,11 +66,7 @@ class EditFriendlyInverter(io.ComfyNode):
                     "conditions with patches, time ranges, hooks or ControlNets go one by one.",
                     **advanced(),
                 ),
-                io.Sigmas.Input(
-                    "sigmas",
-                    optional=True,
-                    tooltip="Own noise levels, most noise first; used instead of steps and scheduler.",
-                ),
+                sigmas_input(),
             ],
             outputs=[
                 io.Latent.Output(

@@ -15,7 +15,7 @@ from ..retrace.validation import check_latent
 from ._checks import latent_samples
 from ._errors import reports_errors
 from ._memory import PeakMemory
-from ._schema import Trajectory, advanced, schema
+from ._schema import Trajectory, advanced, scheduler_input, schema, sigmas_input
 
 
 class DDIMInverter(io.ComfyNode):
@@ -35,12 +35,7 @@ class DDIMInverter(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="The words that describe the picture as it is."),
                 io.Latent.Input("latent", tooltip="The picture, from 'VAE Encode'. Batches work."),
                 io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Steps of the walk; sample with as many."),
-                io.Combo.Input(
-                    "scheduler",
-                    options=list(comfy.samplers.SCHEDULER_NAMES),
-                    default="ddim_uniform",
-                    tooltip="The noise levels of the walk; sample with the same scheduler.",
-                ),
+                scheduler_input("The noise levels of the walk; sample with the same scheduler."),
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
@@ -71,11 +66,7 @@ class DDIMInverter(io.ComfyNode):
                     default=True,
                     tooltip="Sample back once and report how well the picture returns (costs one evaluation per step).",
                 ),
-                io.Sigmas.Input(
-                    "sigmas",
-                    optional=True,
-                    tooltip="Own noise levels, most noise first; used instead of steps and scheduler.",
-                ),
+                sigmas_input(),
                 io.Vae.Input(
                     "vae", optional=True, tooltip="Connect it to have the report measure pictures, not only latents."
                 ),

@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 
 from ..retrace.errors import InvalidFile
 from ..retrace.trajectory import Trajectory as TrajectoryData
-from ..retrace.trajectory_file import SUFFIX, load_extra, load_trajectory, safe_name, save_trajectory
+from ..retrace.trajectory_file import SUFFIX, load_with_extra, safe_name, save_trajectory
 from ._checks import require_trajectory
 from ._errors import reports_errors
 from ._schema import Trajectory, schema
@@ -123,7 +123,7 @@ class LoadInversion(io.ComfyNode):
             there = sorted(file.stem for file in place.glob(f"*{SUFFIX}"))
             held = f"holds {', '.join(there[:20])}" if there else "holds no such files at all"
             raise InvalidFile(f"there is no file '{path.name}' in ComfyUI's {folder} folder, which {held}.")
-        trajectory = load_trajectory(path)
+        trajectory, extra = load_with_extra(path)
         sigmas = trajectory.sigmas.clone()  # core's uni_pc writes into it
         if model is None:
             blocked = _blocked("the noise as LATENT and the negative need the model that made them. Connect it here.")
@@ -134,7 +134,7 @@ class LoadInversion(io.ComfyNode):
 
         host = ComfyHost(model)
         trajectory.require_model(host.fingerprint())
-        kept = {k.removeprefix(_NEGATIVE): v for k, v in load_extra(path).items() if k.startswith(_NEGATIVE)}
+        kept = {k.removeprefix(_NEGATIVE): v for k, v in extra.items() if k.startswith(_NEGATIVE)}
         negative = from_tensors(host, kept) if kept else _blocked(f"'{path.name}' was saved without a negative.")
         return io.NodeOutput({"samples": noise_samples(host, trajectory)}, trajectory, sigmas, negative)
 

@@ -10,7 +10,7 @@ from ..retrace.null_text import MODES
 from ._checks import require_trajectory
 from ._errors import reports_errors
 from ._memory import PeakMemory
-from ._schema import Trajectory, advanced, schema
+from ._schema import Trajectory, advanced, schema, seed_input
 
 
 class NullTextOptimizer(io.ComfyNode):
@@ -77,15 +77,7 @@ class NullTextOptimizer(io.ComfyNode):
                     tooltip="On: exactly the authors' code. Off: starts from the positive prompt and evaluates less.",
                     **advanced(),
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="Seed of the noise of random_pivot, no_pivot and prompt_no_pivot.",
-                    **advanced(),
-                ),
+                seed_input("Seed of the noise of random_pivot, no_pivot and prompt_no_pivot.", **advanced()),
             ],
             outputs=[
                 io.Conditioning.Output(

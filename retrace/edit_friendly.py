@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from .errors import RetraceError, TrajectoryMismatch
-from .host import Conditioning, Denoiser, Parametrisation, add_noise, guided
-from .sampling import Callback, require_finite
+from .host import Conditioning, Denoiser, Parametrisation, add_noise, picture_share
+from .sampling import Callback, ddpm_mean, guided_estimate, require_finite
 from .schedule import check_sigmas
 from .trajectory import Trajectory
 from .validation import check_latent, check_steps
@@ -88,19 +88,9 @@ def ddpm_levels(sigma: float, sigma_next: float, eta: float, parametrisation: Pa
     """``(down, up)`` of a DDPM step: how much of the old noise and of a new one the next latent has."""
     if sigma_next == 0:
         return 0.0, 0.0
-    keeps = sigma_next * _alpha(sigma, parametrisation) / (sigma * _alpha(sigma_next, parametrisation))
+    keeps = sigma_next * picture_share(sigma, parametrisation) / (sigma * picture_share(sigma_next, parametrisation))
     up = eta * sigma_next * math.sqrt(1 - keeps**2)
     return math.sqrt(max(sigma_next**2 - up**2, 0.0)), up
-
-
-def ddpm_mean(
-    x: Tensor, denoised: Tensor, sigma: float, sigma_next: float, down: float, parametrisation: Parametrisation
-) -> Tensor:
-    """The mean of a DDPM step, ``alpha(s') D + down eps``; ``x`` and ``denoised`` are ``[B, C, h, w]``."""
-    if sigma_next == 0:
-        return denoised
-    noise = (x - _alpha(sigma, parametrisation) * denoised) / sigma
-    return _alpha(sigma_next, parametrisation) * denoised + down * noise
 
 
 def invert_edit_friendly(
@@ -158,7 +148,7 @@ def invert_edit_friendly(
             together = moving[start : start + batch]
             x = latents[together].flatten(0, 1)
             sigma = torch.tensor([levels[i] for i in together for _ in x0], dtype=x0.dtype, device=x0.device)
-            estimates = _predict(model, x, sigma, cond, uncond, scale).unflatten(0, (len(together), len(x0)))
+            estimates = guided_estimate(model, x, sigma, cond, uncond, scale).unflatten(0, (len(together), len(x0)))
             for i, denoised in zip(together, estimates, strict=True):
                 require_finite(denoised, i + 1, len(noises), levels[i])
                 down, up = ddpm_levels(levels[i], levels[i + 1], eta, kind)
@@ -211,7 +201,7 @@ def sample_edit_friendly(
         for i in range(skip, total):
             if levels[i] == levels[i + 1]:
                 continue
-            denoised = _predict(model, x, levels[i], cond, uncond, scale)
+            denoised = guided_estimate(model, x, levels[i], cond, uncond, scale)
             x = found.step(i, x, denoised)
             if callback is not None:
                 replaced = callback(i, levels[i + 1], x, denoised)
@@ -243,19 +233,6 @@ def _noised(x0: Tensor, levels: list[float], seed: int, parametrisation: Paramet
             noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0)
             latents.append(add_noise(x0, noise, level, parametrisation))
     return torch.stack(latents[::-1])
-
-
-def _predict(
-    model: Denoiser, x: Tensor, sigma: Tensor | float, cond: Conditioning, uncond: Conditioning | None, scale: float
-) -> Tensor:
-    if uncond is None or scale == 1.0:
-        return model.denoised(x, sigma, cond)
-    without, with_text = model.denoised_each(x, sigma, [uncond, cond])
-    return guided(without, with_text, scale)
-
-
-def _alpha(sigma: float, parametrisation: Parametrisation) -> float:
-    return 1 - sigma if parametrisation == "flow" else 1.0
 
 
 def _check_options(scale: float, eta: float) -> None:

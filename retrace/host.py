@@ -167,6 +167,11 @@ def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor | float, parametrisation:
     return x0 + sigma * noise
 
 
+def picture_share(sigma: float, parametrisation: Parametrisation) -> float:
+    """How much of the clean latent is in a noisy one at level ``sigma``."""
+    return 1 - sigma if parametrisation == "flow" else 1.0
+
+
 def guided(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance on clean estimates (Ho & Salimans 2022, eq. 6; linear, so eps and x0 agree)."""
     return uncond + scale * (cond - uncond)

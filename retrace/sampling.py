@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidSchedule, RetraceError
-from .host import Conditioning, Denoiser, guided
+from .host import Conditioning, Denoiser, Parametrisation, guided, picture_share
 from .schedule import check_sigmas
 from .validation import check_latent
 
@@ -87,23 +87,45 @@ def ddim_step(x: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> T
     return x + (x - denoised) / sigma * (sigma_next - sigma)
 
 
-def ancestral_step(
-    x: Tensor, denoised: Tensor, sigma: float, sigma_next: float, noise: Tensor, flow: bool = False
+def ddpm_mean(
+    x: Tensor, denoised: Tensor, sigma: float, sigma_next: float, down: float, parametrisation: Parametrisation
 ) -> Tensor:
-    """One step of DDPM's posterior (DDIM's eta = 1, ComfyUI's ``euler_ancestral``): down too far, up with noise.
+    """The mean of a step that keeps ``down`` of the old noise; ``x`` and ``denoised`` are ``[B, C, h, w]``.
 
-    From ``sigma`` it goes down to ``sigma_next ** 2 / sigma``; ``noise`` ``[B, C, h, w]`` brings it back to
-    ``sigma_next``. Mistakes of earlier steps fade with the noise they came with, which a deterministic path keeps.
-    A flow model's picture fades with the noise level, so it is scaled to the share it has at ``sigma_next``.
+    ``alpha(sigma_next) D + down eps`` with ``eps = (x - alpha(sigma) D) / sigma`` and alpha of
+    :func:`~retrace.host.picture_share` (Song et al. 2021, eq. 12).
+    """
+    if sigma_next == 0:
+        return denoised
+    noise = (x - picture_share(sigma, parametrisation) * denoised) / sigma
+    return picture_share(sigma_next, parametrisation) * denoised + down * noise
 
-    Song et al. 2021, eq. 16; for eps and v models k-diffusion's ``get_ancestral_step`` with eta 1.
+
+def ancestral_step(
+    x: Tensor, denoised: Tensor, sigma: float, sigma_next: float, noise: Tensor, parametrisation: Parametrisation
+) -> Tensor:
+    """One step of ComfyUI's ``euler_ancestral`` (eta 1): down too far, up with ``noise`` ``[B, C, h, w]``.
+
+    It goes down to ``sigma_next ** 2 / sigma``, and fresh noise brings it back to ``sigma_next``. Mistakes of earlier
+    steps fade with the noise they came with, which a deterministic path keeps. For eps and v models that is DDPM's
+    posterior (Song et al. 2021, eq. 16); for flow models core scales what came down to its share at ``sigma_next``.
     """
     if sigma_next in (0, sigma):
         return ddim_step(x, denoised, sigma, sigma_next)
-    down = sigma_next**2 / sigma
-    share = (1 - sigma_next) / (1 - down) if flow else 1.0
-    added = math.sqrt(sigma_next**2 - (share * down) ** 2)
-    return share * ddim_step(x, denoised, sigma, down) + added * noise
+    low = sigma_next**2 / sigma
+    down = low * picture_share(sigma_next, parametrisation) / picture_share(low, parametrisation)
+    mean = ddpm_mean(x, denoised, sigma, sigma_next, down, parametrisation)
+    return mean + math.sqrt(sigma_next**2 - down**2) * noise
+
+
+def guided_estimate(
+    model: Denoiser, x: Tensor, sigma: Tensor | float, cond: Conditioning, uncond: Conditioning | None, scale: float
+) -> Tensor:
+    """The clean estimate with classifier-free guidance, two evaluations; one without ``uncond`` or at ``scale`` 1."""
+    if uncond is None or scale == 1.0:
+        return model.denoised(x, sigma, cond)
+    without, with_text = model.denoised_each(x, sigma, [uncond, cond])
+    return guided(without, with_text, scale)
 
 
 def sample_ddim(
@@ -134,16 +156,12 @@ def sample_ddim(
         for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
             if sigma == sigma_next:
                 continue
-            if uncond is None or scale == 1.0:
-                denoised = model.denoised(x, sigma, cond)
-            else:
-                without, with_text = model.denoised_each(x, sigma, [uncond, cond])
-                denoised = guided(without, with_text, scale)
+            denoised = guided_estimate(model, x, sigma, cond, uncond, scale)
             if ancestral is None:
                 x = ddim_step(x, denoised, sigma, sigma_next)
             else:
                 noise = torch.randn(x.shape, generator=ancestral).to(x)
-                x = ancestral_step(x, denoised, sigma, sigma_next, noise, model.parametrisation == "flow")
+                x = ancestral_step(x, denoised, sigma, sigma_next, noise, model.parametrisation)
             if callback is not None:
                 replaced = callback(i, sigma_next, x, denoised)
                 x = x if replaced is None else replaced

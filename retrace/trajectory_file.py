@@ -101,15 +101,17 @@ def load_trajectory(path: str | Path) -> Trajectory:
         InvalidFile: no such file, truncated or damaged, safetensors of something else, made by a newer version, NaN, or
             shapes that do not fit each other.
     """
-    return _read(Path(path))[0]
+    return load_with_extra(path)[0]
 
 
 def load_extra(path: str | Path) -> dict[str, Tensor]:
     """The further tensors that were saved with a trajectory, by name; errors as in :func:`load_trajectory`."""
-    return _read(Path(path))[1]
+    return load_with_extra(path)[1]
 
 
-def _read(path: Path) -> tuple[Trajectory, dict[str, Tensor]]:
+def load_with_extra(path: str | Path) -> tuple[Trajectory, dict[str, Tensor]]:
+    """A trajectory and the further tensors of its file, read once; errors as in :func:`load_trajectory`."""
+    path = Path(path)
     opener = require("safetensors", "load inversions")
     if not path.is_file():
         raise InvalidFile(f"There is no inversion file '{path}'. Check the name, or save the inversion again.")

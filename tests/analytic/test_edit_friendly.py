@@ -13,12 +13,12 @@ from torch import Tensor
 
 from retrace.edit_friendly import (
     ddpm_levels,
-    ddpm_mean,
     invert_edit_friendly,
     sample_edit_friendly,
     without_first_steps,
 )
 from retrace.errors import InvalidImage, InvalidSchedule, RetraceError, TrajectoryMismatch
+from retrace.sampling import ddpm_mean
 from retrace.schedule import reference_sigmas
 
 from .gaussian import Gaussian, Mean, centre, ladder, natural, relative, stable_diffusion_sigmas

@@ -41,7 +41,7 @@ def test_an_ancestral_step_lands_on_the_forward_process(kind, sigma, sigma_next)
     x0, old, new = torch.full((1, 1, 1, 1), 2.0), torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
 
     def step(old, new):
-        return ancestral_step(add_noise(x0, old, sigma, kind), x0, sigma, sigma_next, new, kind == "flow")
+        return ancestral_step(add_noise(x0, old, sigma, kind), x0, sigma, sigma_next, new, kind)
 
     signal = step(old * 0, new * 0)
     assert float(signal) == pytest.approx(float(add_noise(x0, old * 0, sigma_next, kind)), abs=1e-6)
@@ -54,8 +54,8 @@ def test_an_ancestral_step_lands_on_the_forward_process(kind, sigma, sigma_next)
 
 def test_an_ancestral_step_ends_at_the_clean_estimate():
     x, denoised = torch.full((1, 1, 1, 2), 3.0), torch.full((1, 1, 1, 2), 1.0)
-    assert ancestral_step(x, denoised, 2.0, 0.0, x) is denoised
-    assert ancestral_step(x, denoised, 2.0, 2.0, x) is x
+    assert ancestral_step(x, denoised, 2.0, 0.0, x, "eps") is denoised
+    assert ancestral_step(x, denoised, 2.0, 2.0, x, "eps") is x
 
 
 @pytest.mark.parametrize(("kind", "top", "power"), [("eps", 10.0, 3.0), ("flow", 1.0, 1.0)])

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from retrace.hosts.comfyui_server import ComfyServer, RunResult
+from retrace.hosts.comfyui_server import ComfyError, ComfyServer, RunResult
 
 Graph = dict[str, dict[str, Any]]
 
@@ -44,6 +45,23 @@ def sampler(model: str = "pebble", **changes: Any) -> dict[str, Any]:
         "denoise": 1.0,
     }
     return node("KSampler", **{**inputs, **changes})
+
+
+def retracing_sampler(**changes: Any) -> dict[str, Any]:
+    """KSampler (Advanced) that walks the inverted noise back under the caption, at cfg 1."""
+    inputs = {k: v for k, v in sampler()["inputs"].items() if k not in ("seed", "denoise")}
+    inputs |= {"noise_seed": 1, "add_noise": "disable", "start_at_step": 0, "end_at_step": 1000}
+    inputs |= {"return_with_leftover_noise": "disable", "positive": ["caption", 0], "cfg": 1.0}
+    return node("KSamplerAdvanced", **{**inputs, "latent_image": ["invert", 0], **changes})
+
+
+def fails(server: ComfyServer, graph: Graph, node_type: str, *words: str) -> None:
+    """The run stops at a node of that type with a message that has all ``words``."""
+    with pytest.raises(ComfyError) as caught:
+        server.run(graph)
+    assert caught.value.node_type == node_type, caught.value
+    for word in words:
+        assert word in str(caught.value), caught.value
 
 
 def blend(**changes: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import graphs
 import pytest
 import torch
 
-from retrace.hosts.comfyui_server import ComfyError, ComfyServer
+from retrace.hosts.comfyui_server import ComfyServer
 
 pytestmark = pytest.mark.usefixtures("pebble")
 PEBBLE = {"model": "Pebble's CLIP", "architecture": "ViT-B-32-quickgelu"}
@@ -31,14 +31,6 @@ def _content(server: ComfyServer, graph: graphs.Graph) -> dict[str, Any]:
     return json.loads(server.run(graph).outputs["json"]["text"][0])  # type: ignore[no-any-return]
 
 
-def _fails(server: ComfyServer, graph: graphs.Graph, node_type: str, *words: str) -> None:
-    with pytest.raises(ComfyError) as caught:
-        server.run(graph)
-    assert caught.value.node_type == node_type, caught.value
-    for word in words:
-        assert word in str(caught.value), caught.value
-
-
 def test_the_report_scores_words_and_layout(server: ComfyServer) -> None:
     graph = report(prompt=["other", 2])  # type: ignore[arg-type]
     content = _content(server, graph)
@@ -57,13 +49,13 @@ def test_reports_of_saved_graphs_are_as_before(server: ComfyServer) -> None:
     content = _content(server, graph)
     assert content["overall"]["clip"] is None and content["structure_distance"] is None
     graph["report"]["inputs"]["prompt"] = "a red circle"
-    _fails(server, graph, "RetraceEditReport", "Edit Report: prompt", "Load CLIP (Retrace)")
+    graphs.fails(server, graph, "RetraceEditReport", "Edit Report: prompt", "Load CLIP (Retrace)")
 
 
 def test_missing_and_wrong_files_are_named(server: ComfyServer) -> None:
     known = report(load={**PEBBLE, "model": "ViT-L-14/openai"})
     folder = server.base / "models" / "open_clip"
-    _fails(
+    graphs.fails(
         server, known, "RetraceLoadCLIP", "Load CLIP (Retrace)", "'ViT-L-14-openai.safetensors'", str(folder), "https"
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,4 +63,4 @@ def test_missing_and_wrong_files_are_named(server: ComfyServer) -> None:
     choices = json.dumps(server.object_info()["RetraceLoadCLIP"]["input"]["required"]["model"])
     assert "open_clip/words.pt" in choices
     own = report(load={**PEBBLE, "model": "open_clip/words.pt"})
-    _fails(server, own, "RetraceLoadCLIP", "'words.pt'", "only the text side")
+    graphs.fails(server, own, "RetraceLoadCLIP", "'words.pt'", "only the text side")

@@ -8,7 +8,7 @@ import graphs
 import pytest
 import torch
 
-from retrace.hosts.comfyui_server import ComfyError, ComfyServer
+from retrace.hosts.comfyui_server import ComfyServer
 from retrace.inversion import latent_psnr
 
 pytestmark = pytest.mark.usefixtures("pebble")
@@ -53,14 +53,6 @@ def _psnr(server: ComfyServer, result: Any, name: str) -> float:
     source = graphs.latent(server, result, "save_encode")
     back = graphs.latent(server, result, name)
     return latent_psnr(back, source.repeat(len(back) // len(source), 1, 1, 1))
-
-
-def _fails(server: ComfyServer, graph: graphs.Graph, node_type: str, *words: str) -> None:
-    with pytest.raises(ComfyError) as caught:
-        server.run(graph)
-    assert caught.value.node_type == node_type, caught.value
-    for word in words:
-        assert word in str(caught.value)
 
 
 @pytest.mark.parametrize("skip", [0.0, 0.36, 1.0])
@@ -165,24 +157,24 @@ class TestRefusals:
             "BasicScheduler", model=["pebble", 0], scheduler="karras", steps=STEPS, denoise=1.0
         )
         graph["sample"]["inputs"]["sigmas"] = ["other", 0]
-        _fails(server, graph, "SamplerCustom", "Edit-friendly Inverter: The sampler asks for 6 step(s)", "SIGMAS")
+        graphs.fails(server, graph, "SamplerCustom", "Edit-friendly Inverter: The sampler asks for 6 step(s)", "SIGMAS")
 
     def test_another_size_or_batch(self, newest_server: ComfyServer) -> None:
         graph = reconstruction()
         graph["large"] = graphs.node("EmptyLatentImage", width=256, height=128, batch_size=1)
         graph["sample"]["inputs"]["latent_image"] = ["large", 0]
-        _fails(newest_server, graph, "SamplerCustom", "Edit-friendly Inverter", "[1, 4, 16, 16]")
+        graphs.fails(newest_server, graph, "SamplerCustom", "Edit-friendly Inverter", "[1, 4, 16, 16]")
 
     def test_noise_on_top(self, newest_server: ComfyServer) -> None:
         graph = reconstruction()
         graph["sample"]["inputs"]["add_noise"] = True
-        _fails(newest_server, graph, "SamplerCustom", "Edit-friendly Inverter", "Switch add_noise off")
+        graphs.fails(newest_server, graph, "SamplerCustom", "Edit-friendly Inverter", "Switch add_noise off")
 
     def test_a_noise_mask(self, newest_server: ComfyServer) -> None:
         graph = reconstruction()
         graph["masked"] = graphs.node("SetLatentNoiseMask", samples=["invert", 0], mask=["scene", 1])
         graph["sample"]["inputs"]["latent_image"] = ["masked", 0]
-        _fails(newest_server, graph, "SamplerCustom", "Edit-friendly Inverter", "Blend Step")
+        graphs.fails(newest_server, graph, "SamplerCustom", "Edit-friendly Inverter", "Blend Step")
 
     def test_sigmas_that_ascend(self, newest_server: ComfyServer) -> None:
         graph = reconstruction(sigmas=["flip", 0])
@@ -190,9 +182,9 @@ class TestRefusals:
             "BasicScheduler", model=["pebble", 0], scheduler="normal", steps=STEPS, denoise=1.0
         )
         graph["flip"] = graphs.node("FlipSigmas", sigmas=["schedule", 0])
-        _fails(newest_server, graph, NODE, "Edit-friendly Inverter: sigmas:", "Flip Sigmas")
+        graphs.fails(newest_server, graph, NODE, "Edit-friendly Inverter: sigmas:", "Flip Sigmas")
 
     def test_a_latent_of_another_model(self, newest_server: ComfyServer) -> None:
         graph = reconstruction(latent=["wide", 0])
         graph["wide"] = graphs.node("EmptySD3LatentImage", width=128, height=128, batch_size=1)
-        _fails(newest_server, graph, NODE, "Edit-friendly Inverter: latent:", "16 channels")
+        graphs.fails(newest_server, graph, NODE, "Edit-friendly Inverter: latent:", "16 channels")

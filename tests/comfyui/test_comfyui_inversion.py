@@ -14,13 +14,6 @@ from retrace.metrics import PSNR_CAP
 pytestmark = pytest.mark.usefixtures("pebble")
 
 
-def _advanced(latent: str, **changes: object) -> dict[str, object]:
-    inputs = {k: v for k, v in graphs.sampler()["inputs"].items() if k not in ("seed", "denoise")}
-    inputs |= {"noise_seed": 1, "add_noise": "disable", "start_at_step": 0, "end_at_step": 1000}
-    inputs |= {"return_with_leftover_noise": "disable", "positive": ["caption", 0], "cfg": 1.0}
-    return graphs.node("KSamplerAdvanced", **{**inputs, "latent_image": [latent, 0], **changes})
-
-
 def _custom(latent: str, sigmas: list[object]) -> dict[str, object]:
     return graphs.node(
         "SamplerCustom", model=["pebble", 0], add_noise=False, noise_seed=1, cfg=1.0, positive=["caption", 0],
@@ -29,7 +22,10 @@ def _custom(latent: str, sigmas: list[object]) -> dict[str, object]:
 
 
 def _round_trip(**changes: object) -> graphs.Graph:
-    graph = graphs.base() | {"invert": graphs.inverter(**changes), "advanced": _advanced("invert")}
+    graph = graphs.base() | {
+        "invert": graphs.inverter(**changes),
+        "advanced": graphs.retracing_sampler(),
+    }
     graph["ksampler"] = graphs.node("KSamplerSelect", sampler_name="euler")
     graph["custom"] = _custom("invert", ["invert", 2])
     saved = {f"save_{name}": graphs.save(name) for name in ("advanced", "custom", "encode")}

@@ -8,7 +8,7 @@ import graphs
 import pytest
 import torch
 
-from retrace.hosts.comfyui_server import ComfyError, ComfyServer
+from retrace.hosts.comfyui_server import ComfyServer
 
 pytestmark = pytest.mark.usefixtures("pebble")
 CFG = 7.5
@@ -32,11 +32,7 @@ def optimizer(**changes: Any) -> dict[str, Any]:
 
 
 def advanced(negative: list[object], **changes: Any) -> dict[str, Any]:
-    return graphs.node(
-        "KSamplerAdvanced", model=["pebble", 0], add_noise="disable", noise_seed=1, cfg=CFG, sampler_name="euler",
-        scheduler="normal", positive=["caption", 0], negative=negative, latent_image=["null", 2], start_at_step=0,
-        end_at_step=1000, return_with_leftover_noise="disable", **{"steps": graphs.STEPS, **changes},
-    )  # fmt: skip
+    return graphs.retracing_sampler(**{"cfg": CFG, "negative": negative, "latent_image": ["null", 2], **changes})
 
 
 def reconstruction(**changes: Any) -> graphs.Graph:
@@ -59,14 +55,6 @@ def _found(server: ComfyServer, result: Any) -> float:
 
 def _psnr(report: str) -> float:
     return float(report.partition("return, latent")[2].split()[0])
-
-
-def _fails(server: ComfyServer, graph: graphs.Graph, node_type: str, *words: str) -> None:
-    with pytest.raises(ComfyError) as caught:
-        server.run(graph)
-    assert caught.value.node_type == node_type, caught.value
-    for word in words:
-        assert word in str(caught.value)
 
 
 def test_it_comes_back_where_the_plain_negative_does_not(server: ComfyServer) -> None:
@@ -106,7 +94,7 @@ def test_only_an_optimised_negative_goes_into_the_file(newest_server: ComfyServe
     graph["keep"] = graphs.node(
         "RetraceSaveInversion", trajectory=["invert", 1], negative=["empty", 0], name="plain", overwrite=True
     )
-    _fails(newest_server, graph, "RetraceSaveInversion", "negative: this CONDITIONING was not optimised")
+    graphs.fails(newest_server, graph, "RetraceSaveInversion", "negative: this CONDITIONING was not optimised")
     assert not (newest_server.base / "output" / "plain.safetensors").exists()
     graph["keep"]["inputs"].pop("negative")
     graph["load"] = graphs.node("RetraceLoadInversion", name="plain", folder="output", model=["pebble", 0])
@@ -123,7 +111,7 @@ def test_areas_beside_it_are_refused(newest_server: ComfyServer) -> None:
         "ConditioningSetArea", conditioning=["caption", 0], width=64, height=64, x=0, y=0, strength=1.0
     )
     graph["sample"]["inputs"]["positive"] = ["area", 0]
-    _fails(newest_server, graph, "KSamplerAdvanced", "Null-text Optimizer: an area", "whole picture")
+    graphs.fails(newest_server, graph, "KSamplerAdvanced", "Null-text Optimizer: an area", "whole picture")
 
 
 def test_the_second_edit_neither_inverts_nor_optimises(server: ComfyServer) -> None:
@@ -188,23 +176,25 @@ class TestRefusals:
     def test_other_noise_levels(self, server: ComfyServer, changes: dict[str, Any]) -> None:
         graph = reconstruction()
         graph["sample"]["inputs"] |= changes
-        _fails(server, graph, "KSamplerAdvanced", "Null-text Optimizer: the sampler asks for noise level", "euler")
+        graphs.fails(
+            server, graph, "KSamplerAdvanced", "Null-text Optimizer: the sampler asks for noise level", "euler"
+        )
 
     def test_a_time_range_set_afterwards(self, newest_server: ComfyServer) -> None:
         graph = reconstruction()
         graph["range"] = graphs.node("ConditioningSetTimestepRange", conditioning=["null", 0], start=0.0, end=1.0)
         graph["sample"]["inputs"]["negative"] = ["range", 0]
-        _fails(newest_server, graph, "KSamplerAdvanced", "time range")
+        graphs.fails(newest_server, graph, "KSamplerAdvanced", "time range")
 
     def test_several_prompts(self, newest_server: ComfyServer) -> None:
         graph = reconstruction(negative=["both", 0])
         graph["both"] = graphs.node("ConditioningCombine", conditioning_1=["empty", 0], conditioning_2=["target", 0])
-        _fails(newest_server, graph, "RetraceNullTextOptimizer", "Null-text Optimizer: negative: got 2 prompts")
+        graphs.fails(newest_server, graph, "RetraceNullTextOptimizer", "Null-text Optimizer: negative: got 2 prompts")
 
     def test_guidance_one(self, newest_server: ComfyServer) -> None:
-        _fails(newest_server, reconstruction(cfg=1.0), "RetraceNullTextOptimizer", "no influence", "7.5")
+        graphs.fails(newest_server, reconstruction(cfg=1.0), "RetraceNullTextOptimizer", "no influence", "7.5")
 
     def test_another_model(self, newest_server: ComfyServer) -> None:
         graph = reconstruction(model=["v", 0])
         graph["v"] = graphs.node("ModelSamplingDiscrete", model=["pebble", 0], sampling="eps", zsnr=False)
-        _fails(newest_server, graph, "RetraceNullTextOptimizer", "made with another model")
+        graphs.fails(newest_server, graph, "RetraceNullTextOptimizer", "made with another model")
