@@ -21,7 +21,7 @@ from retrace.edit_friendly import invert_edit_friendly, sample_edit_friendly
 from retrace.hosts.diffusers import DiffusersHost
 from retrace.inversion import invert
 from retrace.metrics import psnr
-from retrace.null_text import optimise_null_text
+from retrace.null_text import Start, optimise_null_text
 from retrace.pebble.parser import found
 from retrace.pebble.scenes import COLOURS, SHAPES, Scene, heldout, instance_masks, render_batch
 from retrace.proximal import Proximal
@@ -73,16 +73,16 @@ def ddim(s: Setting) -> Tensor:
     return s.sample(s.inverted().noise, edit=s.edit)
 
 
-def null_text(s: Setting, parity: bool = False) -> Tensor:
+def null_text(s: Setting, start: Start = "cond") -> Tensor:
     path = s.inverted()
     optimised = optimise_null_text(
-        s.model, path, s.conds["source"], s.conds["empty"], GUIDANCE, parity=parity, only_text_differs=True
+        s.model, path, s.conds["source"], s.conds["empty"], GUIDANCE, start=start, only_text_differs=True
     )
     return s.sample(path.noise, edit=s.edit, null_text=list(optimised.embeddings))
 
 
-def reference_null_text(s: Setting) -> Tensor:
-    return null_text(s, parity=True)
+def null_text_from_negative(s: Setting) -> Tensor:
+    return null_text(s, "uncond")
 
 
 def negative_prompt(s: Setting) -> Tensor:
@@ -108,8 +108,8 @@ def edit_friendly(s: Setting) -> Tensor:
 METHODS: dict[str, tuple[Callable[[Setting], Tensor], bool]] = {
     "sampled again from the same noise": (resampled, False),
     "DDIM + P2P": (ddim, False),
-    "Null-text + P2P": (null_text, False),
-    "Null-text, the reference's loop + P2P": (reference_null_text, False),
+    "Null-text from the prompt + P2P": (null_text, False),
+    "Null-text from the empty prompt + P2P": (null_text_from_negative, False),
     "Negative prompt, proximal + P2P": (negative_prompt, False),
     "Direct Inversion + P2P": (direct, False),
     "Direct Inversion + P2P, local blend": (direct, True),
@@ -155,7 +155,7 @@ def run(host: DiffusersHost, task: Task, method: Callable[[Setting], Tensor], bl
         return edited, int(model.evaluations)
 
     encoded = {name: host.encode_text(words) for name, words in conds.items()}
-    gradients = method in (null_text, reference_null_text)
+    gradients = method in (null_text, null_text_from_negative)
     latent, evaluations = host.run(host.encode_image(picture), encoded, work, gradients=gradients)
     image = host.decode_latent(latent)
     outside = (instance_masks(task.source, MARGIN) + instance_masks(task.target, MARGIN)) < 0.5

@@ -153,6 +153,15 @@ class TestCosts:
         for step, losses in enumerate(quick.losses):
             assert float(losses[-1].max()) < 1e-5 + 2e-5 * step
 
+    def test_from_the_negative_it_evaluates_both_and_begins_there(self) -> None:
+        this = case()
+        found = this.optimise(start="uncond", only_text_differs=True)
+        assert found.evaluations == sum(2 + k for k in found.iterations) and found.backwards == sum(found.iterations)
+        for step, losses in enumerate(found.losses):
+            assert float(losses[-1].max()) < 1e-5 + 2e-5 * 50 * step / STEPS or found.iterations[step] == 10
+        contented = this.optimise(start="uncond", early_stop=1e6)
+        assert torch.equal(contented.embeddings[0], this.uncond.embedding.cpu())
+
     def test_a_batch_costs_its_images(self) -> None:
         this = case(images=3)
         found = this.optimise(parity=True, inner_steps=2, early_stop=0.0)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...errors import InvalidSchedule, RetraceError, TrajectoryMismatch
 from ...host import Conditioning, Denoiser
-from ...null_text import Callback, Mode, NullText, optimise_null_text
+from ...null_text import Callback, Mode, NullText, Start, optimise_null_text
 from ...trajectory import Trajectory
 from ...validation import describe
 from .host import ComfyHost
@@ -70,6 +70,7 @@ def optimise(
     learning_rate: float = 1e-2,
     early_stop: float = 1e-5,
     seed: int = 0,
+    start: Start = "cond",
     callback: Callback | None = None,
 ) -> Optimised:
     """Optimise for two CONDITIONING lists; see :func:`retrace.null_text.optimise_null_text`.
@@ -104,6 +105,7 @@ def optimise(
             learning_rate=learning_rate,
             early_stop=early_stop,
             seed=seed,
+            start=start,
             only_text_differs=alike,
             callback=callback,
         )
