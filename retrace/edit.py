@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
+from .blended_sampling import sample_blended
 from .blending import Blend, NoiseMode
 from .errors import InvalidSchedule, RetraceError
-from .host import Conditioning, Denoiser, Host, add_noise
+from .host import Conditioning, Denoiser, Host
 from .inversion import GRADIENT_METHODS, Method, invert
 from .masks import LatentMaskMode, latent_mask
 from .metrics import EditReport, edit_report
@@ -194,17 +194,18 @@ def edit_image(
     )
 
     def paint(model: Denoiser, x: Tensor, given: Mapping[str, Conditioning]) -> Tensor:
-        run = blend.start(sigmas, x)
-        generator = torch.Generator().manual_seed(settings.seed)
-        noise = torch.randn(x.shape, generator=generator).to(x)
-        start = run(_first_latent(host, x, noise, float(sigmas[0])), float(sigmas[0]))
-
-        def keep(_: int, sigma: float, after: Tensor, __: Tensor) -> Tensor:
-            return run(after, sigma) if sigma > 0 else run.finish(after)
-
-        # Core's samplers on the CPU take this seed for the noise of their steps, so that both hosts paint the same.
-        anew = torch.Generator().manual_seed(settings.seed + 1) if settings.sampler == "euler_ancestral" else None
-        return sample_ddim(model, start, sigmas, given["prompt"], given["negative"], settings.guidance, keep, anew)
+        return sample_blended(
+            model,
+            x,
+            sigmas,
+            blend,
+            given["prompt"],
+            given["negative"],
+            settings.guidance,
+            highest=float(host.training_sigmas()[-1]),
+            ancestral=settings.sampler == "euler_ancestral",
+            seed=settings.seed,
+        )
 
     painted: Tensor = stage("edit", paint, latent)
     decoded, reconstruction, edited = (host.decode_latent(x).float().cpu() for x in (latent, returned, painted))
@@ -221,15 +222,3 @@ def edit_image(
         evaluations=evaluations,
         seconds=seconds,
     )
-
-
-def _first_latent(host: Host, x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
-    """What a sampler starts from at noise level ``sigma``, as ComfyUI's KSampler does.
-
-    At the highest level of the training, where the picture is as good as gone, the noise alone has the variance that
-    the network saw there, ``1 + sigma^2``; below, and for flow models, it is the forward process.
-    """
-    highest = float(host.training_sigmas()[-1])
-    if host.parametrisation != "flow" and (sigma > highest or math.isclose(sigma, highest, rel_tol=1e-5)):
-        return x0 + noise * math.sqrt(1 + sigma * sigma)
-    return add_noise(x0, noise, sigma, host.parametrisation)

@@ -47,6 +47,8 @@ _SAME_COLOUR = 0.2  # seeds nearer than this are one colour, e.g. both halves of
 _MAX_GROUND = 0.2  # beyond, the ground is unknown, as it is where less than _MIN_GROUND of the picture fits it
 _MIN_GROUND = 0.1
 _TEXTURE = 0.07  # grey contrast that belongs to the ground's texture
+_STRANGE = 0.11  # a pixel this far from the ground around it is no part of it
+_SMOOTH = 0.012  # grey contrast below which a ground has no texture to compare
 
 _NAMES = tuple(COLOURS)
 _COLOURS = np.array(list(COLOURS.values()), dtype=np.float32)
@@ -132,6 +134,62 @@ def found(image: Tensor | ParsedScene, colour: str, shape: str, region: Tensor |
     return bool(scene.find(colour, shape, region))
 
 
+@dataclass(frozen=True)
+class GroundMatch:
+    """How a region's pixels compare with the ground around it.
+
+    ``share`` of them have its colour there, shading included and texture forgiven; ``shift`` is the distance of their
+    mean colour from it in RGB 0..1; ``contrast`` is the grey contrast of their texture over that of the surroundings,
+    1 where both are plain.
+    """
+
+    share: float
+    shift: float
+    contrast: float
+
+    @property
+    def same(self) -> bool:
+        """The region continues the ground: no object, no patch of another colour, no smoothed or invented texture."""
+        return self.share >= 0.97 and self.shift <= 0.05 and 0.5 <= self.contrast <= 2
+
+
+def match_ground(image: Tensor, region: Tensor, others: Tensor | None = None) -> GroundMatch:
+    """Compare ``region`` ``[H, W]`` (where it exceeds 0.5) of ``image`` ``[3, H, W]`` with the ground outside of it.
+
+    ``others`` ``[H, W]`` are pixels that count for neither side, for example objects with their soft edges.
+
+    Raises:
+        InvalidImage: see :func:`parse`; a region of another size, or one that leaves nothing on either side.
+    """
+    rgb = _checked(image)
+    inside = _region(region, rgb)
+    ignored = np.zeros_like(inside) if others is None else _region(others, rgb)
+    inside, outside = inside & ~ignored, ~inside & ~ignored
+    if min(inside.sum(), outside.sum()) < MIN_AREA:
+        raise InvalidImage(
+            f"The region leaves {inside.sum()} px inside and {outside.sum()} px outside; at least {MIN_AREA} of each "
+            "are needed to compare grounds."
+        )
+    _, fit = _fit_ground(rgb, outside)
+    residual = rgb - fit
+    grey = residual.mean(-1)
+    ground = outside & (_ground_distance(residual) < _STRANGE)
+    around = float(grey[ground].std()) if ground.any() else 0.0
+    return GroundMatch(
+        share=float((_ground_distance(residual) < _STRANGE)[inside].mean()),
+        shift=float(np.linalg.norm(residual[inside].mean(0))),
+        contrast=max(float(grey[inside].std()), _SMOOTH) / max(around, _SMOOTH),
+    )
+
+
+def _region(region: Tensor, rgb: Array) -> Array:
+    """``region`` as booleans; raises :class:`InvalidImage` when it is not of the picture's height and width."""
+    if tuple(region.shape) != rgb.shape[:2]:
+        raise InvalidImage(f"The region is {list(region.shape)}; the picture needs [H, W] = {list(rgb.shape[:2])}.")
+    selected: Array = (region > 0.5).cpu().numpy()
+    return selected
+
+
 def _checked(image: Tensor) -> Array:
     """``[H, W, 3]`` float32 in 0..1."""
     if image.ndim != 3 or image.shape[0] != 3 or min(image.shape[1:]) < 32:
@@ -155,8 +213,11 @@ def _split_grey(residual: Array) -> tuple[Array, Array]:
     return grey, np.linalg.norm(residual - grey[..., None], axis=-1)
 
 
-def _fit_ground(rgb: Array) -> tuple[str, Array]:
-    """The ground's name and its colour at every pixel ``[H, W, 3]``, without texture."""
+def _fit_ground(rgb: Array, visible: Array | None = None) -> tuple[str, Array]:
+    """The ground's name and its colour at every pixel ``[H, W, 3]``, without texture.
+
+    Only ``visible`` pixels ``[H, W]`` decide, by default all.
+    """
 
     def weight(residual: Array) -> Array:
         grey, colourful = _split_grey(residual)
@@ -165,7 +226,8 @@ def _fit_ground(rgb: Array) -> tuple[str, Array]:
     height, width = rgb.shape[:2]
     y, x = np.mgrid[:height, :width].astype(np.float32)
     plane = np.stack([np.ones_like(x), 2 * x / width - 1, 2 * y / height - 1], -1)
-    few, basis = rgb[::2, ::2].reshape(-1, 3), plane[::2, ::2].reshape(-1, 3)
+    some = np.ones((height, width), bool) if visible is None else visible
+    few, basis = rgb[::2, ::2][some[::2, ::2]], plane[::2, ::2][some[::2, ::2]]
     colours = {name: np.array(colour, np.float32) for name, colour in GROUNDS.items()}
     start = max(colours.values(), key=lambda colour: float(weight(few - colour).sum()))
     weights = weight(few - start)

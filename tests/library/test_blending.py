@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from retrace.blended_sampling import first_latent, sample_blended
 from retrace.blending import Blend
 from retrace.errors import InvalidImage, InvalidSchedule, TrajectoryMismatch
 from retrace.schedule import step_of
@@ -137,3 +138,26 @@ def test_bad_input_is_named() -> None:
         Blend(source(), half_mask().repeat(2, 1, 1), "eps").start(SIGMAS, torch.zeros(3, 4, 6, 8))
     with pytest.raises(InvalidSchedule, match="two noise levels"):
         Blend(source(), half_mask(), "eps").start(torch.tensor([1.0]), torch.zeros(1, 4, 6, 8))
+
+
+def test_sampling_paints_inside_the_mask_and_returns_the_source_outside() -> None:
+    class Keeps:
+        parametrisation, device, evaluations = "eps", torch.device("cpu"), 0
+
+        def denoised(self, x: torch.Tensor, sigma: float, cond: torch.Tensor) -> torch.Tensor:
+            return cond
+
+        def progress(self, *_: object) -> None: ...
+
+    blend = Blend(source(), half_mask(), "eps")
+    painted = torch.full((1, 4, 6, 8), 2.0)
+    out = sample_blended(Keeps(), painted, SIGMAS, blend, torch.full_like(painted, 5.0), highest=20.0)
+    assert torch.equal(out[..., :4], torch.full((1, 4, 6, 4), 5.0))
+    assert torch.equal(out[..., 4:], source()[..., 4:])
+
+
+def test_first_latent_is_what_a_ksampler_starts_from() -> None:
+    x0, noise = torch.full((1, 1, 2, 2), 3.0), torch.ones(1, 1, 2, 2)
+    assert torch.equal(first_latent(x0, noise, 4.0, 10.0, "eps"), x0 + 4 * noise)
+    torch.testing.assert_close(first_latent(x0, noise, 10.0, 10.0, "eps"), x0 + 101**0.5 * noise)
+    assert torch.equal(first_latent(x0, noise, 1.0, 1.0, "flow"), noise)

@@ -12,6 +12,7 @@ import torch
 from retrace.errors import InvalidFile, InvalidImage, MissingPackage, RetraceError
 from retrace.metrics import (
     PSNR_CAP,
+    border_gradient,
     changed_pixels,
     edit_report,
     eight_bit_difference,
@@ -43,6 +44,19 @@ def test_against_scikit_image():
     assert ssim(first, second, region).item() == pytest.approx(0.9196932993145539, abs=1e-7)
     assert psnr(first, second).item() == pytest.approx(20.21243138996884, abs=1e-9)
     assert mse(first, second).item() == pytest.approx(0.009522628920675178, abs=1e-12)
+
+
+def test_border_gradient_is_the_mean_step_across_the_border():
+    image = torch.zeros(2, 8, 10, 3)
+    image[0, 2:5, 3:7] = torch.tensor([0.3, 0.0, 0.4])  # a step of 0.5 all around
+    image[1, :, :, 0] = torch.arange(10) / 100  # a ramp of 0.01 to the right, none downwards
+    mask = torch.zeros(1, 8, 10)
+    mask[:, 2:5, 3:7] = 0.1  # soft values belong to the mask
+    # 2 * 3 pairs in rows, 2 * 4 in columns
+    assert border_gradient(image, mask).tolist() == pytest.approx([0.5, 0.01 * 6 / 14], abs=1e-6)
+    mask[:, :, :7] = 1  # the picture's own border is none of the mask
+    assert border_gradient(image, mask).tolist() == pytest.approx([0.5 * 3 / 8, 0.01], abs=1e-6)
+    assert border_gradient(image, torch.ones(1, 8, 10)).isnan().all()
 
 
 def test_closed_forms_on_flat_pictures():

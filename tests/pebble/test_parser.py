@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from retrace.errors import InvalidImage, RetraceError
 from retrace.pebble import scenes
-from retrace.pebble.parser import UNKNOWN, ParsedScene, found, parse
+from retrace.pebble.parser import UNKNOWN, ParsedScene, found, match_ground, parse
 from retrace.pebble.scenes import Ground, Object, Scene
 
 COUNT = 300
@@ -180,6 +181,53 @@ def test_a_cut_and_a_small_object() -> None:
     assert parse(picture(torch.hypot(x, y) < 4)).objects == ()
     (cut,) = parse(picture(torch.hypot(x - 64, y) < 25)).objects
     assert cut.shape == UNKNOWN
+
+
+def emptied(index: int) -> tuple[Scene, Tensor, Tensor, Tensor]:
+    """A scene of two objects without its first one, its picture, where that one was, and the pixels of the other."""
+    scene = scenes.sample_scene(scenes.scene_rng("train", 700_000 + index), objects=2)
+    place, _ = scenes.instance_masks(scene, 6)
+    left = replace(scene, objects=scene.objects[1:])
+    return left, scenes.render(left), place, scenes.instance_masks(left, 4)[0]
+
+
+def test_ground_that_goes_on_is_the_same() -> None:
+    for index in range(40):
+        scene, image, place, other = emptied(index)
+        assert match_ground(image, place, other).same, scene
+        assert match_ground(noisy(blurred(image, 0.7), 0.01, index), place, other).same, scene
+
+
+@pytest.mark.parametrize("change", ["name", "texture", "object", "smear"])
+def test_a_patch_of_anything_else_is_not_the_same(change: str) -> None:
+    for index in range(40):
+        scene, image, place, other = emptied(index)
+        ground = scene.ground
+        patch = scenes.Object("white", "circle", 0, 0, 14)
+        rows, columns = place.nonzero().float().mean(0).tolist()
+        if change == "name":
+            names = [n for n in scenes.GROUNDS if n != ground.name]
+            new = scenes.render(replace(scene, ground=replace(ground, name=names[index % len(names)])))
+        elif change == "texture":  # dots for stripes are too alike in a small region
+            new = scenes.render(
+                replace(scene, ground=replace(ground, texture="striped" if ground.texture == "plain" else "plain"))
+            )
+        elif change == "object":
+            new = scenes.render(replace(scene, objects=(replace(patch, x=columns, y=rows), *scene.objects)))
+        else:
+            new = image + 0.04
+        match = match_ground((image * (1 - place) + new * place).clamp(0, 1), place, other)
+        assert not match.same, (scene, match)
+
+
+def test_a_region_must_leave_something_to_compare() -> None:
+    image = pictures()[0][1]
+    with pytest.raises(InvalidImage, match="0 px outside"):
+        match_ground(image, torch.ones(128, 128))
+    with pytest.raises(InvalidImage, match="0 px inside"):
+        match_ground(image, torch.zeros(128, 128))
+    with pytest.raises(InvalidImage, match=r"\[64, 64\].*\[128, 128\]"):
+        match_ground(image, torch.ones(64, 64))
 
 
 def test_hopeless_pictures_do_not_crash() -> None:
