@@ -109,12 +109,19 @@ class ImageTextModel:
         pixels = images.to(self.device, torch.float32).movedim(-1, 1)
         if tuple(pixels.shape[2:]) != self.size:
             pixels = F.interpolate(pixels, self.size, mode="bicubic", antialias=True)
+        return self._normalised(pixels.clamp(0, 1))
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
         mean, std = (pixels.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
-        return (pixels.clamp(0, 1) - mean) / std
+        return (pixels - mean) / std
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Unit vectors [B,D], float32, of images [B,H,W,3] in 0..1. Gradients reach the images. Raises InvalidImage."""
         return F.normalize(self.model.encode_image(self.preprocess(images)).float(), dim=-1)
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Unit vectors [B,D], float32, of [B,3,h,w] around 0..1 of the native size, with gradients also beyond 0..1."""
+        return F.normalize(self.model.encode_image(self._normalised(pixels.to(self.device))).float(), dim=-1)
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors [N,D], float32, of any texts; what is beyond the model's 77 tokens is cut off."""

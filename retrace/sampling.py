@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -16,6 +17,9 @@ from .validation import check_latent
 
 Callback = Callable[[int, float, Tensor, Tensor], "Tensor | None"]
 """``callback(step, sigma_next, x, denoised)`` after every step, 0-based; a tensor it returns takes the place of x."""
+
+Guide = Callable[[Tensor, float, Callable[[Tensor], Tensor]], Tensor]
+"""``guide(x, sigma, predict)``: the clean estimate to use in the place of ``predict(x)``."""
 
 RETRACING_SAMPLERS = ("ddim", "euler")
 """Samplers of ComfyUI that walk an inverted path back step by step."""
@@ -137,6 +141,7 @@ def sample_ddim(
     scale: float = 1.0,
     callback: Callback | None = None,
     ancestral: torch.Generator | None = None,
+    guide: Guide | None = None,
 ) -> Tensor:
     """Follow ``x`` ``[B, C, h, w]`` at noise level ``sigmas[0]`` down to ``sigmas[-1]`` (``sigmas`` is ``[N + 1]``).
 
@@ -144,6 +149,7 @@ def sample_ddim(
     one. Steps between equal levels cost none. Whatever the model raises to stop passes through.
 
     With ``ancestral``, a generator of the CPU, every step is an :func:`ancestral_step` with noise drawn from it.
+    ``guide`` may change every estimate, see :mod:`retrace.clip_guidance`.
 
     Raises:
         InvalidSchedule, InvalidImage: sigmas or a latent that cannot be.
@@ -156,7 +162,11 @@ def sample_ddim(
         for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
             if sigma == sigma_next:
                 continue
-            denoised = guided_estimate(model, x, sigma, cond, uncond, scale)
+            if guide is None:
+                denoised = guided_estimate(model, x, sigma, cond, uncond, scale)
+            else:
+                predict = partial(guided_estimate, model, sigma=sigma, cond=cond, uncond=uncond, scale=scale)
+                denoised = guide(x, sigma, predict)
             if ancestral is None:
                 x = ddim_step(x, denoised, sigma, sigma_next)
             else:

@@ -15,12 +15,12 @@ import latent_preview
 import torch
 from torch import Tensor
 
-from ...errors import RetraceError, UnsupportedModel
+from ...errors import RetraceError
 from ...host import AttentionHook, Conditioning, Parametrisation
 from .attention import install_attention
 from .conditioning import ComfyConditioning
 from .features import FeatureRecorder
-from .gradients import ConstantControl, differentiable_attention, gradient_mode
+from .gradients import ConstantControl, constant_controls, differentiable_attention, gradient_mode, settle_hooks
 from .plain import alias
 
 
@@ -60,8 +60,8 @@ class ComfyDenoiser:
         for recorder in self._recorders:
             recorder.begin()
         if torch.is_grad_enabled():
-            self._settle_hooks(entries, levels)
-            entries = [[self._constant_control(entry) for entry in cond] for cond in entries]
+            settle_hooks(self.patcher, entries, levels, self.options)
+            entries = constant_controls(entries, self._controls)
             estimates = comfy.samplers.calc_cond_batch(self.model, entries, x, levels, self.options)
         else:  # core's own buffers are inference tensors, and those may only be written in inference mode
             with torch.inference_mode():
@@ -129,31 +129,6 @@ class ComfyDenoiser:
             yield
         finally:
             self.options = before
-
-    def _settle_hooks(self, entries: list[list[dict[str, Any]]], levels: Tensor) -> None:
-        """Write the weights of conditions with LoRA hooks now: while autograd is on, core could not.
-
-        Two different hooks in one graph would overwrite weights that the first still needs for its backward pass.
-        """
-        groups = {id(entry.get("hooks")): entry.get("hooks") for cond in entries for entry in cond}
-        if not any(groups.values()):
-            return
-        if len(groups) > 1:
-            raise UnsupportedModel(
-                "Some conditions carry LoRA hooks and others carry none or different ones; gradients cannot pass "
-                "through both at once. Apply the LoRA to the model instead, or give every condition the same hooks."
-            )
-        with torch.inference_mode():
-            (hooks,) = groups.values()
-            self.patcher.prepare_hook_patches_current_keyframe(levels, hooks, self.options)
-            self.patcher.apply_hooks(hooks=hooks)
-
-    def _constant_control(self, entry: dict[str, Any]) -> dict[str, Any]:
-        control = entry.get("control")
-        if control is None:
-            return entry
-        # One stand-in per ControlNet: core batches conditions only when they hold the same object.
-        return {**entry, "control": self._controls.setdefault(id(control), ConstantControl(control))}
 
     def _apply(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Around every pass of the network: count its rows and say which conditions they belong to."""

@@ -7,7 +7,7 @@ tensor over the same storage. Nothing of the shared model changes; loading the o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from ...errors import UnsupportedModel
 from .compat import drop_inference_buffers, set_in_training
 from .plain import alias, change_tensors
+
+GRAPH_MEMORY = 3  # memory of a forward pass that is kept for backward, against one that is not
 
 
 class OrdinaryWeight:
@@ -122,3 +124,46 @@ class ConstantControl:
         with torch.inference_mode():
             features = self._control.get_control(x_noisy.detach(), *args, **kwargs)
         return change_tensors(features, alias)
+
+
+def constant_controls(conds: Sequence[Any], made: dict[int, ConstantControl]) -> list[Any]:
+    """Prepared conditions (lists of entries, or None) whose ControlNets are constants; ``made`` keeps these by theirs.
+
+    One for each ControlNet, because core batches conditions only when they hold the same object.
+    """
+
+    def constant(entry: dict[str, Any]) -> dict[str, Any]:
+        control = entry.get("control")
+        if control is None:
+            return entry
+        return {**entry, "control": made.setdefault(id(control), ConstantControl(control))}
+
+    return [cond and [constant(entry) for entry in cond] for cond in conds]
+
+
+def settle_hooks(patcher: Any, conds: Sequence[Any], levels: Tensor, options: dict[str, Any]) -> None:
+    """Write the weights of conditions with LoRA hooks now: while autograd is on, core could not.
+
+    Raises :class:`~retrace.errors.UnsupportedModel` for two different hooks in one graph, which would overwrite weights
+    that the first still needs for its backward pass.
+    """
+    groups = {id(entry.get("hooks")): entry.get("hooks") for cond in conds for entry in cond or []}
+    if not any(groups.values()):
+        return
+    if len(groups) > 1:
+        raise UnsupportedModel(
+            "Some conditions carry LoRA hooks and others carry none or different ones; gradients cannot pass "
+            "through both at once. Apply the LoRA to the model instead, or give every condition the same hooks."
+        )
+    with torch.inference_mode():
+        (hooks,) = groups.values()
+        patcher.prepare_hook_patches_current_keyframe(levels, hooks, options)
+        patcher.apply_hooks(hooks=hooks)
+
+
+def reserve_graph_memory(executor: Any, model: Any, shape: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around core's preparation of a run: it reserves memory for a forward pass, and a graph takes several times that.
+
+    Core estimates from the batch, so it is shown a larger one.
+    """
+    return executor(model, [shape[0] * GRAPH_MEMORY, *shape[1:]], *args, **kwargs)

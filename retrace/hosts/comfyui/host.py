@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import comfy.model_management
 import comfy.patcher_extension
 import comfy.samplers
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import InvalidImage, RetraceError
 from ...host import Conditioning, Denoiser, Parametrisation
 from ...words import Prompt
 from . import gradients as gradient_modes
 from . import plain, sampling
+from .autoencoder import ComfyAutoencoder
 from .conditioning import ComfyConditioning
 from .denoiser import ComfyDenoiser
 from .fingerprint import fingerprint as model_fingerprint
 from .prompts import encode_prompts, read_prompts
 
 T = TypeVar("T")
-GRAPH_MEMORY = 3  # memory of a forward pass that is kept for backward, against one that is not
 
 
 class ComfyHost:
@@ -104,18 +105,8 @@ class ComfyHost:
         Core tiles when memory is short. Raises :class:`~retrace.errors.InvalidImage` for other shapes and for sizes
         that the VAE would crop.
         """
-        vae = self._need("vae", "encode an image")
-        if image.ndim != 4 or image.shape[-1] < 3:
-            raise InvalidImage(f"An image of shape {tuple(image.shape)} arrived; [B, H, W, 3] in 0..1 is needed.")
-        cell = self.downscale
-        if image.shape[1] % cell or image.shape[2] % cell:
-            raise InvalidImage(
-                f"The image is {image.shape[2]} x {image.shape[1]} pixels; this VAE needs multiples of {cell}. "
-                "Resize or crop it first."
-            )
-        with torch.inference_mode():
-            latent = self._format.process_in(vae.encode(image[..., :3]))
-        return plain.alias(latent)
+        latent = ComfyAutoencoder(self._need("vae", "encode an image")).encode_image(image)
+        return plain.alias(self._format.process_in(latent))
 
     def decode_latent(self, latent: Tensor) -> Tensor:
         """Latents to images ``[B, H, W, 3]`` in 0..1; core tiles when memory is short."""
@@ -133,13 +124,20 @@ class ComfyHost:
         vae = self._need("vae", "decode a latent")
         if self._vae_clone is None:
             self._vae_clone = gradient_modes.gradient_clone(vae.patcher)
-        memory = GRAPH_MEMORY * vae.memory_used_decode(latent.shape, vae.vae_dtype)
+        memory = gradient_modes.GRAPH_MEMORY * vae.memory_used_decode(latent.shape, vae.vae_dtype)
         wanted = [self._vae_clone] if self._running is None else [self._running, self._vae_clone]
         with torch.inference_mode():
             comfy.model_management.load_models_gpu(wanted, memory_required=memory)
         with gradient_modes.gradient_mode(vae.first_stage_model):
             samples = self.from_model_scale(plain.alias(latent))
             return vae.first_stage_model.decode(samples.to(vae.device, vae.vae_dtype)).float()  # type: ignore[no-any-return]
+
+    @contextmanager
+    def private_decoder(self, latent: Tensor) -> Iterator[nn.Module]:
+        """A copy of the VAE's decoder to train on latents like this one; see the protocol."""
+        autoencoder = ComfyAutoencoder(self._need("vae", "train a decoder"))
+        with autoencoder.private_decoder(latent) as decoder:
+            yield _Scaled(decoder, self.from_model_scale)
 
     def run(
         self,
@@ -158,7 +156,7 @@ class ComfyHost:
         if gradients and self._model_clone is None:
             self._model_clone = gradient_modes.gradient_clone(self.model)
             self._model_clone.add_wrapper_with_key(
-                comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING, "retrace", _reserve_graph_memory
+                comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING, "retrace", gradient_modes.reserve_graph_memory
             )
         patcher = self._model_clone if gradients else self.model
         sampler = _MethodSampler(self, latent, method, gradients)
@@ -190,9 +188,16 @@ class ComfyHost:
         return value
 
 
-def _reserve_graph_memory(executor: Any, model: Any, shape: Any, *args: Any, **kwargs: Any) -> Any:
-    """Core estimates the memory of a forward pass from the batch; what backward keeps takes several times that."""
-    return executor(model, [shape[0] * GRAPH_MEMORY, *shape[1:]], *args, **kwargs)
+class _Scaled(nn.Module):
+    """A decoder for latents of another scale."""
+
+    def __init__(self, decoder: nn.Module, rescaled: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.rescaled = rescaled
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.decoder(self.rescaled(latent))  # type: ignore[no-any-return]
 
 
 class _MethodSampler(comfy.samplers.Sampler):  # type: ignore[misc]

@@ -1,0 +1,190 @@
+"""CLIP Guidance: words steer any sampler through an image-text model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..retrace.clip import ImageTextModel
+from ..retrace.clip_guidance import Augmentations, ClipGuidance, Schedule, Weights
+from ._errors import reports_errors
+from ._schema import ImageText, advanced, schema, seed_input
+
+
+class CLIPGuidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "blending",
+            node_id="RetraceCLIPGuidance",
+            display_name="CLIP Guidance",
+            description="Patches a model so that any sampler moves to where a CLIP sees the words (Blended Diffusion). "
+            "With 'Blend Step' it edits inside a mask only; without it is local CLIP-guided diffusion.",
+            search_aliases=["clip guided diffusion", "blended diffusion", "mpgd", "universal guidance", "freedom"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to patch; the one that comes in stays as it is."),
+                ImageText.Input("clip", tooltip="From 'Load CLIP (Retrace)': what looks at the picture."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="What the region, or the whole picture, shall show. The sampler's own words may be others, "
+                    "or none.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1000.0,
+                    min=0.0,
+                    max=1e6,
+                    step=100.0,
+                    round=0.01,
+                    tooltip="How hard the words pull: 1000 in the authors' code. Small CLIPs may need several times as "
+                    "much, large models of the world less.",
+                ),
+                io.Combo.Input(
+                    "gradient",
+                    options=["x0", "full"],
+                    default="x0",
+                    tooltip="x0: the gradient stops at the clean estimate; per guided step one pass through the VAE and "
+                    "the CLIP and back, none back through the model. full: back through the model, too, as the paper: "
+                    "a guided step costs about three plain ones, and the memory of training.",
+                ),
+                io.Combo.Input(
+                    "view",
+                    options=["region", "picture"],
+                    default="region",
+                    tooltip="What the CLIP sees. region: the masked part on grey, as in the paper. picture: all of it.",
+                ),
+                io.Int.Input(
+                    "augmentations",
+                    default=8,
+                    min=1,
+                    max=256,
+                    tooltip="Random views of the picture for the CLIP at every guided step; 1 is the plain picture "
+                    "alone. More give a truer gradient. Each costs one pass of the CLIP.",
+                ),
+                io.Float.Input(
+                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Where in the steps it begins."
+                ),
+                io.Float.Input(
+                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Where in the steps it ends."
+                ),
+                io.Int.Input(
+                    "every",
+                    default=1,
+                    min=1,
+                    max=100,
+                    tooltip="Guide every n-th step only: 2 halves the extra cost. Raise the strength with it.",
+                ),
+                seed_input("Seed of the random views."),
+                io.Mask.Input("mask", optional=True, tooltip="The region that the words are about (1 = edit)."),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="Makes the picture that the CLIP sees. A TAESD from 'Load VAE' costs a tenth of the full "
+                    "one. Without any, colours at one pixel per latent cell.",
+                ),
+                io.Image.Input("source", optional=True, tooltip="The picture before the edit, for the background losses."),
+                io.Float.Input(
+                    "range",
+                    default=50.0,
+                    min=0.0,
+                    max=1e6,
+                    step=10.0,
+                    tooltip="Weight of the loss that keeps colours within their range.",
+                    **advanced(),
+                ),
+                io.Float.Input(
+                    "background_mse",
+                    default=0.0,
+                    min=0.0,
+                    max=1e7,
+                    step=100.0,
+                    tooltip="Weight of the difference to the source outside the mask (10000 in the authors' code). "
+                    "Not needed with 'Blend Step'.",
+                    **advanced(),
+                ),
+                io.Float.Input(
+                    "background_lpips",
+                    default=0.0,
+                    min=0.0,
+                    max=1e7,
+                    step=100.0,
+                    tooltip="The same by LPIPS (1000 in the authors' code). Needs the package 'lpips' and the weights "
+                    "of VGG-16 in torch's cache.",
+                    **advanced(),
+                ),
+                io.Float.Input(
+                    "dsg",
+                    default=0.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Above 0 only the direction of the gradient counts, and the latent moves by this share of "
+                    "a step's noise, whatever the weights (DSG). Try 0.1.",
+                    **advanced(),
+                ),
+                io.Boolean.Input(
+                    "parity",
+                    default=False,
+                    tooltip="Follow the authors' code where it differs from the paper: mask before views, source "
+                    "unmasked, noisy and clean picture mixed.",
+                    **advanced(),
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "guided_model", display_name="MODEL", tooltip="The patched model, for KSampler or SamplerCustom."
+                )
+            ],
+        )
+
+    @classmethod
+    @reports_errors("CLIP Guidance")
+    def execute(
+        cls,
+        model: Any,
+        clip: ImageTextModel,
+        prompt: str,
+        strength: float,
+        gradient: Any,
+        view: Any,
+        augmentations: int,
+        start_percent: float,
+        end_percent: float,
+        every: int,
+        seed: int,
+        mask: torch.Tensor | None = None,
+        vae: Any = None,
+        source: torch.Tensor | None = None,
+        range: float = 50.0,
+        background_mse: float = 0.0,
+        background_lpips: float = 0.0,
+        dsg: float = 0.0,
+        parity: bool = False,
+    ) -> io.NodeOutput:
+        from ..retrace.hosts.comfyui.clip_guidance import patch_clip_guidance
+
+        guidance = ClipGuidance(
+            clip,
+            prompt,
+            mask,
+            source,
+            weights=Weights(strength, range, background_lpips, background_mse),
+            augmentations=Augmentations(augmentations),
+            view=view,
+            parity=parity,
+        )
+        return io.NodeOutput(
+            patch_clip_guidance(
+                model,
+                guidance,
+                Schedule(gradient, every=every, dsg=dsg),
+                vae=vae,
+                start_percent=start_percent,
+                end_percent=end_percent,
+                seed=seed,
+            )
+        )

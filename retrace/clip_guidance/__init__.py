@@ -1,0 +1,27 @@
+"""CLIP guidance: words steer a sampler through the gradient of an image-text model (Avrahami et al. 2022).
+
+``losses`` and ``views`` say what is asked of a picture, ``guidance`` puts it together, ``step`` turns the gradient into
+a changed estimate of the clean latent, which any sampler can use.
+"""
+
+from __future__ import annotations
+
+from .decoders import linear_decoder
+from .guidance import ClipGuidance, Weights
+from .losses import background_mse, range_loss, spherical_distance
+from .step import GuidedRun, Path, Schedule
+from .views import Augmentations, View
+
+__all__ = [
+    "Augmentations",
+    "ClipGuidance",
+    "GuidedRun",
+    "Path",
+    "Schedule",
+    "View",
+    "Weights",
+    "background_mse",
+    "linear_decoder",
+    "range_loss",
+    "spherical_distance",
+]

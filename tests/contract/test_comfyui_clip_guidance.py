@@ -1,0 +1,234 @@
+"""CLIP guidance as a patch: under core's samplers the same as in the library, at the promised cost, without traces."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from retrace.blended_sampling import first_latent
+from retrace.clip import load_image_text_model
+from retrace.clip_guidance import Augmentations, ClipGuidance, GuidedRun, Schedule, Weights
+from retrace.pebble.scenes import heldout, instance_masks, render_batch
+from retrace.sampling import sample_ddim
+
+pytest.importorskip("open_clip")
+STEPS = 4
+PATHS = ["x0", "full"]
+
+
+@pytest.fixture(scope="module")
+def clip() -> Any:
+    with torch.inference_mode():
+        return load_image_text_model()
+
+
+@pytest.fixture
+def case(comfy_subject: Any, clip: Any) -> Any:
+    scene = heldout(1, 3, objects=1)[0]
+    host = comfy_subject.host
+    return SimpleNamespace(
+        host=host,
+        clip=clip,
+        latent=host.vae.encode(render_batch([scene]).movedim(1, -1)),
+        mask=(instance_masks(scene, 4.0) > 0.5).float(),
+        empty=host.encode_text(""),
+        words=host.encode_text("a red circle on sand"),
+    )
+
+
+def patched(case: Any, path: Any, *, model: Any = None, schedule: Any = None, vae: Any = "own", **settings: Any) -> Any:
+    from retrace.hosts.comfyui.clip_guidance import patch_clip_guidance
+
+    # Weaker than by default: in four steps that would be a blow, whose rounding differences grow.
+    weights = Weights(100.0, 50.0)
+    guidance = ClipGuidance(case.clip, "a blue square", case.mask, weights=weights, augmentations=Augmentations(2))
+    return patch_clip_guidance(
+        model or case.host.model,
+        guidance,
+        schedule or Schedule(path),
+        vae=case.host.vae if vae == "own" else vae,
+        **settings,
+    )
+
+
+def sample(case: Any, model: Any, cfg: float = 1.0, sampler: str = "euler", batch: int = 1) -> Tensor:
+    import comfy.sample
+
+    latent = case.latent.repeat(batch, 1, 1, 1)
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).repeat(batch, 1, 1, 1)
+    return comfy.sample.sample(
+        model, noise, STEPS, cfg, sampler, "ddim_uniform", case.words, case.empty, latent, seed=1, disable_pbar=True
+    )
+
+
+def counted(model: Any, counts: Counter[str]) -> Any:
+    """``model`` with passes of its network counted, per row, and how many of these keep a graph."""
+    import comfy.patcher_extension
+
+    def apply(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        counts["forward"] += len(x)
+        counts["graph"] += len(x) * x.requires_grad
+        return executor(x, *args, **kwargs)
+
+    model = model.clone()
+    model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, "count", apply)
+    return model
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_it_guides_repeatably_and_leaves_the_model_as_it_was(case: Any, path: str) -> None:
+    before = sample(case, case.host.model)
+    guided = patched(case, path)
+    one, two = sample(case, guided), sample(case, guided)
+    assert torch.equal(one, two) and not torch.allclose(one, before, atol=1e-2)
+    assert torch.equal(sample(case, case.host.model), before)
+    assert not torch.equal(sample(case, patched(case, path, seed=1)), one)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_core_samples_what_the_library_does(case: Any, path: str) -> None:
+    import comfy.samplers
+
+    host = case.host
+    through_core = sample(case, patched(case, path), cfg=3.0)
+    sigmas = comfy.samplers.calculate_sigmas(host.model.get_model_object("model_sampling"), "ddim_uniform", STEPS)
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    highest = float(host.training_sigmas()[-1])
+    start = first_latent(host.to_model_scale(case.latent), noise, float(sigmas[0]), highest, host.parametrisation)
+    with torch.inference_mode(False):
+        mask = case.mask.clone()
+    weights = Weights(100.0, 50.0)
+    guidance = ClipGuidance(case.clip, "a blue square", mask, weights=weights, augmentations=Augmentations(2))
+
+    def method(model: Any, x: Tensor, conds: Any) -> Any:
+        run = GuidedRun(
+            guidance, Schedule(path), sigmas, host.decode_differentiable, model.differentiable, model.parametrisation
+        )
+        found = sample_ddim(model, x, sigmas, conds["c"], conds["u"], 3.0, guide=run.guide)
+        return found, model.evaluations, run.backwards
+
+    latent, evaluations, backwards = host.run(start, {"c": case.words, "u": case.empty}, method, gradients=True)
+    torch.testing.assert_close(through_core, host.from_model_scale(latent), rtol=1e-3, atol=1e-3)
+    assert (evaluations, backwards) == (2 * STEPS, STEPS if path == "full" else 0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_a_guided_step_has_one_forward_pass_per_condition(case: Any, path: str, cfg: float) -> None:
+    counts: Counter[str] = Counter()
+    sample(case, counted(patched(case, path), counts), cfg)
+    rows = STEPS * (1 if cfg == 1.0 else 2)
+    assert counts == Counter(forward=rows, graph=rows if path == "full" else 0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_half_of_the_steps(case: Any, path: str) -> None:
+    counts: Counter[str] = Counter()
+    every = patched(case, path, schedule=Schedule(path, every=2))
+    sample(case, counted(every, counts))
+    assert counts["graph"] == (STEPS // 2 if path == "full" else 0)
+    late = patched(case, path, start_percent=0.5)
+    never = patched(case, path, start_percent=1.0, end_percent=1.0)
+    plain = sample(case, case.host.model)
+    assert torch.equal(sample(case, never), plain) and not torch.equal(sample(case, late), plain)
+    assert not torch.equal(sample(case, late), sample(case, patched(case, path)))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_pictures_of_a_batch_do_not_meet(case: Any, path: str) -> None:
+    from retrace.hosts.comfyui.clip_guidance import patch_clip_guidance
+
+    weights = Weights(100.0, 50.0)
+    guidance = ClipGuidance(case.clip, "a blue square", case.mask, weights=weights, augmentations=Augmentations(1))
+    model = patch_clip_guidance(case.host.model, guidance, Schedule(path), vae=case.host.vae)
+    alone, both = sample(case, model), sample(case, model, batch=2)
+    torch.testing.assert_close(both, alone.repeat(2, 1, 1, 1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("sampler", ["euler", "dpm_2_ancestral", "uni_pc", "heun"])
+def test_before_or_after_blend_step_makes_no_difference(case: Any, path: str, sampler: str) -> None:
+    from retrace.hosts.comfyui.blend import patch_blend
+
+    source = {"samples": case.latent}
+    one = sample(case, patch_blend(patched(case, path), source, case.mask), sampler=sampler)
+    other = sample(case, patched(case, path, model=patch_blend(case.host.model, source, case.mask)), sampler=sampler)
+    assert torch.equal(one, other)
+    outside = torch.nn.functional.max_pool2d(case.mask[:, None], 8)[:, 0] == 0
+    assert torch.allclose(one[0][:, outside[0]], case.latent[0][:, outside[0]], atol=1e-5)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_without_a_vae_it_looks_at_colours(case: Any, path: str) -> None:
+    guided = sample(case, patched(case, path, vae=None))
+    assert bool(torch.isfinite(guided).all()) and not torch.equal(guided, sample(case, case.host.model))
+
+
+def test_kernels_without_a_backward_are_not_used(case: Any) -> None:
+    def kernel(function: Any, *args: Any, **kwargs: Any) -> Any:
+        assert not torch.is_grad_enabled(), "this kernel has no backward"
+        return function(*args, **kwargs)
+
+    fast = case.host.model.clone()
+    fast.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = kernel
+    assert not torch.equal(sample(case, patched(case, "full", model=fast)), sample(case, fast))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_stop_in_the_middle(case: Any, path: str) -> None:
+    """Autograd's switches, the CLIP and the model are as before, and the next run is."""
+    import comfy.patcher_extension
+
+    class Stop(BaseException):
+        pass
+
+    calls: list[int] = []
+
+    def stop(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise Stop
+        return executor(*args, **kwargs)
+
+    guided = patched(case, path)
+    before = sample(case, guided)
+    stopping = guided.clone()
+    stopping.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, "stop", stop)
+    home = case.clip.device
+    with pytest.raises(Stop):
+        sample(case, stopping)
+    assert torch.is_inference_mode_enabled() and not torch.is_grad_enabled() and case.clip.device == home
+    assert torch.equal(sample(case, guided), before)
+
+
+def test_loras_on_top_count(case: Any) -> None:
+    name = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_v.weight"
+    weight = case.host.model.model.get_parameter(name)
+    guided = patched(case, "full")
+    before = sample(case, guided)
+    changed = guided.clone()
+    changed.add_patches({name: ("diff", (torch.full_like(weight, 0.05),))}, 1.0)
+    assert not torch.allclose(sample(case, changed), before, atol=1e-4)
+    assert torch.equal(sample(case, guided), before)
+
+
+def test_background_losses_hold_the_background_without_blend_step(case: Any) -> None:
+    """Local CLIP-guided diffusion, the paper's baseline: lambda trades the background for the words."""
+    from retrace.hosts.comfyui.clip_guidance import patch_clip_guidance
+
+    source = case.host.vae.decode(case.latent)
+    far = []
+    for weight in (0.0, 10000.0):
+        weights = Weights(100.0, 0.0, 0.0, weight)
+        guidance = ClipGuidance(
+            case.clip, "a blue square", case.mask, source, weights=weights, augmentations=Augmentations(1)
+        )
+        model = patch_clip_guidance(case.host.model, guidance, Schedule("x0"), vae=case.host.vae)
+        picture = case.host.vae.decode(sample(case, model))
+        far.append(float(((picture - source)[0][case.mask[0] == 0]).square().mean()))
+    assert far[1] < far[0] / 4
