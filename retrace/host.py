@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .words import Prompt
 
@@ -140,6 +140,15 @@ class Host(Protocol):
 
     def decode_differentiable(self, latent: Tensor) -> Tensor:
         """Latents to images ``[B, 3, H, W]`` around -1..1, unclamped, with gradients to ``latent``."""
+        ...
+
+    def private_decoder(self, latent: Tensor) -> AbstractContextManager[nn.Module]:
+        """Inside, a copy of the VAE's decoder in float32, for latents like this one, that may be trained.
+
+        Called as ``decoder(latent)`` outside inference mode it gives images ``[1, 3, H, W]`` around -1..1, unclamped.
+        The weights that require gradients are the decoder's own; the VAE itself stays as it is, and the copy ends with
+        the block. Raises :class:`~retrace.errors.UnsupportedModel` for a VAE without such a decoder.
+        """
         ...
 
     def run(

@@ -56,3 +56,33 @@ def drop_inference_buffers() -> None:
         if hasattr(stream, "synchronize"):
             stream.synchronize()
         del buffers[stream]
+
+
+def runtime_state(network: Any) -> dict[int, Any]:
+    """What core keeps on the layers of ``network`` while they are loaded, as things not to copy with it.
+
+    For the memo of :func:`copy.deepcopy`: pages of dynamic VRAM, pinned memory, functions that patch a weight.
+    :func:`free_of_patches` then removes the names from the copy.
+    """
+    atoms = (bool, int, float, str, bytes, type(None), type)
+    return {
+        id(value): ()
+        for module in network.modules()
+        for name, value in vars(module).items()
+        if _is_runtime_state(name) and not isinstance(value, atoms)
+    }
+
+
+def free_of_patches(network: Any) -> None:
+    """Make the layers of a copied ``network`` compute with their own weights, as those of a model nobody loaded."""
+    for module in network.modules():
+        for name in [name for name in vars(module) if _is_runtime_state(name)]:
+            delattr(module, name)
+        if hasattr(module, "comfy_cast_weights"):
+            module.comfy_cast_weights = False
+
+
+def _is_runtime_state(name: str) -> bool:
+    return name.startswith(("_v", "_pin", "_prefetch", "dynamic_pins")) or name.endswith(
+        ("weight_function", "bias_function", "_lowvram_function")
+    )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import InvalidImage, UnsupportedModel, is_out_of_memory
 from ...host import Conditioning, Denoiser, Parametrisation
 from ...words import Prompt
+from ..private_decoder import private_decoder
 from .denoiser import ProgressCallback, UNetDenoiser, detached, prepare
 from .loading import Parts, load_parts
 from .noise_schedule import SCHEDULERS, NoiseSchedule
@@ -164,6 +166,19 @@ class DiffusersHost:
         """Latents to images ``[B, 3, H, W]`` around -1..1, unclamped, with gradients to ``latent``."""
         with torch.inference_mode(False), torch.enable_grad():
             return self._decode(latent.clone() if latent.is_inference() else latent)
+
+    @contextmanager
+    def private_decoder(self, latent: Tensor) -> Iterator[nn.Module]:
+        """A copy of the VAE's decoder to train on latents like this one; see the protocol."""
+
+        def decode(vae: Any, given: Tensor) -> Tensor:
+            return vae.decode(given / self._scale + self._shift, return_dict=False)[0]  # type: ignore[no-any-return]
+
+        def whole(vae: Any) -> None:
+            vae.disable_tiling()
+
+        with private_decoder(self.vae, self.device, decode, whole) as decoder:
+            yield decoder
 
     def _decode(self, latent: Tensor) -> Tensor:
         if latent.ndim != 4 or latent.shape[1] != self.latent_channels:
