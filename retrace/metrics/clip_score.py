@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from torch import Tensor
 from ..clip import ImageTextModel
 from ..errors import InvalidImage
 from ..validation import check_image, describe, match_batch
+
+View = Literal["whole", "inside", "outside", "box"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ def clip_score(image: Tensor, prompt: str, clip: ImageTextModel) -> Tensor:
     Raises:
         InvalidImage: not images.
     """
-    return _cosines(list(check_image("image", image).split(1)), prompt, clip)
+    return cosines(list(check_image("image", image).split(1)), prompt, clip)
 
 
 def clip_scores(image: Tensor, prompt: str, clip: ImageTextModel, region: Tensor) -> ClipScores:
@@ -51,6 +55,21 @@ def clip_scores(image: Tensor, prompt: str, clip: ImageTextModel, region: Tensor
     Raises:
         InvalidImage: not images, or no region of their size.
     """
+    views = {view: region_views(image, region, clip, view) for view in get_args(View)}
+    return ClipScores(**{view: cosines(pictures, prompt, clip) for view, pictures in views.items()})
+
+
+def region_views(image: Tensor, region: Tensor, clip: ImageTextModel, view: View) -> list[Tensor | None]:
+    """What the model is shown of each picture, ``[1,h,w,3]`` of its own size; None where there is no such part.
+
+    Args:
+        image: [B,H,W,3], 0..1.
+        region: bool [B or 1,H,W].
+        view: see :class:`ClipScores`.
+
+    Raises:
+        InvalidImage: not images, or no region of their size.
+    """
     image = check_image("image", image)
     if region.dtype != torch.bool or region.shape[1:] != image.shape[1:3]:
         raise InvalidImage(
@@ -59,14 +78,20 @@ def clip_scores(image: Tensor, prompt: str, clip: ImageTextModel, region: Tensor
         )
     region = match_batch(region, image.shape[0], "region").to(image.device)
     mean = image.new_tensor(clip.mean)
-    views: dict[str, list[Tensor | None]] = {"whole": [], "inside": [], "outside": [], "box": []}
-    for picture, part in zip(image, region, strict=True):
-        some, other = bool(part.any()), not bool(part.all())
-        views["whole"].append(picture[None])
-        views["inside"].append((picture * part[..., None])[None] if some else None)
-        views["outside"].append(torch.where(part[..., None], mean, picture)[None] if other else None)
-        views["box"].append(_box(picture, part)[None] if some else None)
-    return ClipScores(**{name: _cosines(parts, prompt, clip) for name, parts in views.items()})
+    show: dict[View, Callable[[Tensor, Tensor], Tensor]] = {
+        "whole": lambda picture, part: picture,
+        "inside": lambda picture, part: picture * part[..., None],
+        "outside": lambda picture, part: torch.where(part[..., None], mean, picture),
+        "box": _box,
+    }
+    exists: dict[View, Callable[[Tensor], bool]] = {
+        "whole": lambda part: True,
+        "inside": lambda part: bool(part.any()),
+        "outside": lambda part: not bool(part.all()),
+        "box": lambda part: bool(part.any()),
+    }
+    pairs = zip(image, region, strict=True)
+    return [show[view](picture, part)[None] if exists[view](part) else None for picture, part in pairs]
 
 
 def _box(picture: Tensor, part: Tensor) -> Tensor:
@@ -74,7 +99,8 @@ def _box(picture: Tensor, part: Tensor) -> Tensor:
     return picture[int(rows[0]) : int(rows[-1]) + 1, int(columns[0]) : int(columns[-1]) + 1]
 
 
-def _cosines(pictures: list[Tensor] | list[Tensor | None], prompt: str, clip: ImageTextModel) -> Tensor:
+def cosines(pictures: Sequence[Tensor | None], prompt: str, clip: ImageTextModel) -> Tensor:
+    """The cosine of each picture ``[1,h,w,3]`` and the words, float64 on the CPU; NaN where there is no picture."""
     with torch.no_grad():
         words = clip.encode_texts([prompt])[0].cpu().double()
         # One by one: they may be of different sizes, and a batch of large pictures need not fit.
