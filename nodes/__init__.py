@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .attention_mask import AttentionMask
+from .background import BackgroundReconstruction
 from .blending import BlendStep, PasteBackground
 from .clip import LoadCLIP
 from .edit_friendly import EditFriendlyInverter
@@ -14,6 +15,7 @@ from .masks import MaskPrecisionBlur
 from .null_text import NullTextOptimizer
 from .pebble import LoadPebble, PebbleScene
 from .prompt_to_prompt import DirectInversion, PromptToPromptNode, ProximalGuidance
+from .ranking import RankByCLIP
 from .report import EditReportNode
 from .schedule import ReferenceSchedule
 
@@ -32,8 +34,10 @@ NODES: list[type[io.ComfyNode]] = [
     ReferenceSchedule,
     BlendStep,
     PasteBackground,
+    BackgroundReconstruction,
     MaskPrecisionBlur,
     EditReportNode,
+    RankByCLIP,
     LoadCLIP,
 ]
 

@@ -27,8 +27,10 @@ NODES = {
     "RetraceReferenceSchedule": ["SIGMAS"],
     "RetraceBlendStep": ["MODEL"],
     "RetracePasteBackground": ["IMAGE"],
+    "RetraceBackgroundReconstruction": ["IMAGE", "STRING"],
     "RetraceMaskPrecisionBlur": ["MASK"],
     "RetraceEditReport": ["STRING", "STRING"],
+    "RetraceRankByCLIP": ["IMAGE", "INT", "STRING"],
     "RetraceLoadCLIP": ["RETRACE_CLIP"],
 }
 LANGUAGES = ("en", "ko", "zh")

@@ -1,0 +1,111 @@
+"""Background Reconstruction: an edit and its surroundings without a seam."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io, ui
+
+from ..retrace.background_reconstruction import Training, reconstruct_background
+from ..retrace.errors import RetraceError
+from ..retrace.metrics import psnr
+from ..retrace.poisson import poisson_blend
+from ._errors import reports_errors
+from ._schema import advanced, schema
+
+
+class BackgroundReconstruction(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "blending",
+            node_id="RetraceBackgroundReconstruction",
+            display_name="Background Reconstruction",
+            description="Brings the source back around an edit without a seam: a private copy of the VAE's decoder "
+            "learns the background of this one picture (Blended Latent Diffusion), or Poisson blending shifts the "
+            "edit's colours.",
+            search_aliases=["blended latent diffusion", "poisson", "seamless clone", "seam", "restore background"],
+            inputs=[
+                io.Image.Input("edited", tooltip="The picture after the edit, as the VAE decoded it."),
+                io.Image.Input("source", tooltip="The picture before the edit, of the same size."),
+                io.Mask.Input("mask", tooltip="Where the edit stays (1 = edit); decoder mixes values between."),
+                io.Vae.Input("vae", optional=True, tooltip="Needed by decoder only. It stays as it is."),
+                io.Combo.Input(
+                    "method",
+                    options=["decoder", "poisson"],
+                    default="decoder",
+                    tooltip="decoder: a copy of the VAE's decoder is trained on this picture, half a minute or more on "
+                    "a graphics card. poisson: seconds, and exact outside the mask, but the edit takes on the colours "
+                    "around it.",
+                ),
+                io.Int.Input("steps", default=75, min=1, max=10000, tooltip="decoder: most training steps."),
+                io.Float.Input(
+                    "learning_rate",
+                    default=1e-4,
+                    min=1e-7,
+                    max=0.1,
+                    step=1e-5,
+                    round=1e-7,
+                    tooltip="decoder: how far one step goes. Much more than 0.0001 spoils the picture.",
+                    **advanced(),
+                ),
+                io.Float.Input(
+                    "weight",
+                    default=100.0,
+                    min=0.0,
+                    max=1e6,
+                    step=1.0,
+                    tooltip="decoder: how much the background counts against the edit.",
+                    **advanced(),
+                ),
+                io.Float.Input(
+                    "stop",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.5,
+                    tooltip="decoder: stop when the PSNR of the background reaches this many dB (45 is hard to tell "
+                    "from the source). 0: only when ten steps in a row bring nothing.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("image", display_name="image", tooltip="The edit in the source's surroundings."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="PSNR of the background before and after, and the steps."
+                ),
+            ],
+        )
+
+    @classmethod
+    @reports_errors("Background Reconstruction")
+    def execute(
+        cls,
+        edited: torch.Tensor,
+        source: torch.Tensor,
+        mask: torch.Tensor,
+        method: str,
+        steps: int,
+        learning_rate: float,
+        weight: float,
+        stop: float,
+        vae: Any = None,
+    ) -> io.NodeOutput:
+        if method == "poisson":
+            blended = poisson_blend(edited, source, mask)
+            kept = psnr(edited, source, mask == 0).tolist()
+            text = "\n".join(
+                f"background of number {i}: {value:.2f} dB as decoded, now exact" for i, value in enumerate(kept)
+            )
+            return io.NodeOutput(blended, text, ui=ui.PreviewText(text))
+        if vae is None:
+            raise RetraceError(
+                "the method 'decoder' trains a copy of a decoder, and no VAE is connected. Connect the one that "
+                "decoded the edit to 'vae', or choose 'poisson'."
+            )
+        from ..retrace.hosts.comfyui.autoencoder import ComfyAutoencoder, progress_with_preview
+
+        training = Training(steps, learning_rate, weight, stop)
+        result = reconstruct_background(ComfyAutoencoder(vae), edited, source, mask, training, progress_with_preview())
+        text = result.text()
+        return io.NodeOutput(result.image, text, ui=ui.PreviewText(text))
