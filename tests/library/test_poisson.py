@@ -87,7 +87,7 @@ def test_an_empty_mask_gives_the_source_and_inputs_stay():
     assert torch.equal(shared[1:2], poisson_blend(edited[1:2], source[:1], mask[:1]))
     assert all(torch.equal(*pair) for pair in zip((edited, source, mask), copies, strict=True))
     assert poisson_blend(edited.half(), source, mask).dtype == torch.float32
-    assert 0 <= poisson_blend(edited * 0, source, mask).min() and poisson_blend(edited * 0 + 1, source, mask).max() <= 1
+    assert poisson_blend(edited * 0, source, mask).min() >= 0 and poisson_blend(edited * 0 + 1, source, mask).max() <= 1
 
 
 def test_errors_say_what_to_do():
