@@ -8,6 +8,7 @@ from .attention_mask import AttentionMask
 from .background import BackgroundReconstruction
 from .blending import BlendStep, PasteBackground
 from .clip import LoadCLIP
+from .clip_guidance import CLIPGuidance
 from .edit_friendly import EditFriendlyInverter
 from .inversion import DDIMInverter
 from .inversion_files import LoadInversion, SaveInversion
@@ -33,6 +34,7 @@ NODES: list[type[io.ComfyNode]] = [
     AttentionMask,
     ReferenceSchedule,
     BlendStep,
+    CLIPGuidance,
     PasteBackground,
     BackgroundReconstruction,
     MaskPrecisionBlur,

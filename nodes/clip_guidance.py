@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..retrace.clip import ImageTextModel
 from ..retrace.clip_guidance import Augmentations, ClipGuidance, Schedule, Weights
+from ..retrace.metrics import load_lpips
 from ._errors import reports_errors
 from ._schema import ImageText, advanced, schema, seed_input
 
@@ -47,9 +48,9 @@ class CLIPGuidance(io.ComfyNode):
                     "gradient",
                     options=["x0", "full"],
                     default="x0",
-                    tooltip="x0: the gradient stops at the clean estimate; per guided step one pass through the VAE and "
-                    "the CLIP and back, none back through the model. full: back through the model, too, as the paper: "
-                    "a guided step costs about three plain ones, and the memory of training.",
+                    tooltip="x0: the gradient stops at the clean estimate: a guided step goes once through VAE and "
+                    "CLIP and back, not back through the model. full: back through the model, too, as in the paper; "
+                    "slower, and with the memory of training.",
                 ),
                 io.Combo.Input(
                     "view",
@@ -86,7 +87,9 @@ class CLIPGuidance(io.ComfyNode):
                     tooltip="Makes the picture that the CLIP sees. A TAESD from 'Load VAE' costs a tenth of the full "
                     "one. Without any, colours at one pixel per latent cell.",
                 ),
-                io.Image.Input("source", optional=True, tooltip="The picture before the edit, for the background losses."),
+                io.Image.Input(
+                    "source", optional=True, tooltip="The picture before the edit, for the background losses below."
+                ),
                 io.Float.Input(
                     "range",
                     default=50.0,
@@ -167,11 +170,16 @@ class CLIPGuidance(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..retrace.hosts.comfyui.clip_guidance import patch_clip_guidance
 
+        lpips = None
+        if background_lpips:
+            with torch.inference_mode(False):  # gradients go through it
+                lpips = load_lpips("vgg")
         guidance = ClipGuidance(
             clip,
             prompt,
             mask,
             source,
+            lpips,
             weights=Weights(strength, range, background_lpips, background_mse),
             augmentations=Augmentations(augmentations),
             view=view,

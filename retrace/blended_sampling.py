@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .blending import Blend
 from .host import Conditioning, Denoiser, Parametrisation, add_noise
-from .sampling import sample_ddim
+from .sampling import Guide, sample_ddim
 
 
 def sample_blended(
@@ -24,6 +24,7 @@ def sample_blended(
     highest: float,
     ancestral: bool = True,
     seed: int = 0,
+    guide: Guide | None = None,
 ) -> Tensor:
     """Paint ``cond`` inside the blend's mask; the rest comes back as the blend's source.
 
@@ -35,6 +36,7 @@ def sample_blended(
         highest: the highest noise level of the model's training, ``float(host.training_sigmas()[-1])``.
         ancestral: steps with fresh noise (``euler_ancestral``) instead of Euler's.
         seed: of the noise at the start, and, one higher, of the steps, as ComfyUI's samplers on the CPU do.
+        guide: changes every clean estimate, see :mod:`retrace.clip_guidance`.
 
     Returns:
         The clean latent ``[B, C, h, w]``.
@@ -50,7 +52,7 @@ def sample_blended(
         return run(after, sigma) if sigma > 0 else run.finish(after)
 
     anew = torch.Generator().manual_seed(seed + 1) if ancestral else None
-    return sample_ddim(model, start, sigmas, cond, uncond, scale, keep, anew)
+    return sample_ddim(model, start, sigmas, cond, uncond, scale, keep, anew, guide)
 
 
 def first_latent(x0: Tensor, noise: Tensor, sigma: float, highest: float, parametrisation: Parametrisation) -> Tensor:

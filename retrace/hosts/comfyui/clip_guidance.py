@@ -98,8 +98,12 @@ class _Patch(RunPatch):
 
     def around(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Around everything: the CLIP takes its place before core looks how much is left for the model."""
-        with on_compute_device(self.guidance.clip):
-            return executor(*args, **kwargs)
+        try:
+            with on_compute_device(self.guidance.clip):
+                return executor(*args, **kwargs)
+        finally:
+            if self.guidance.lpips is not None:
+                self.guidance.lpips.to("cpu")
 
     def begin(self, call: SamplerCall) -> Any:
         guider = call["model_wrap"]

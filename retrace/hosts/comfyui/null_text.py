@@ -116,8 +116,8 @@ def optimise(
     given = positive if prompt else negative
     timed = conditioning_per_step(sampling, result.sigmas, result.embeddings, given)
     # Modes with pivots of their own start at another noise than the inversion's.
-    start = Trajectory(result.sigmas, result.start[None], trajectory.parametrisation, "", "")
-    noise = noise_samples(host, start)
+    path = Trajectory(result.sigmas, result.start[None], trajectory.parametrisation, "", "")
+    noise = noise_samples(host, path)
     return Optimised(timed if prompt else positive, negative if prompt else timed, noise, result)
 
 

@@ -1,0 +1,186 @@
+"""``python -m benchmarks.clip_guidance``: what CLIP guidance alone does on Pebble, and what of it matters.
+
+A red circle of a held-out scene shall become a blue square under its mask. The sampler gets **no words** (an empty
+prompt, no classifier-free guidance); all that says "a blue square" is Pebble's CLIP. Success is the scene parser's, for
+one sample each.
+
+The first table compares the gradient's paths and leaves parts out; the second is local CLIP-guided diffusion, without
+Blend Step, at several weights of the background (the paper's figure on lambda).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retrace.blended_sampling import first_latent, sample_blended
+from retrace.blending import Blend
+from retrace.clip import ImageTextModel, load_image_text_model
+from retrace.clip_guidance import Augmentations, ClipGuidance, GuidedRun, Schedule, View, Weights
+from retrace.hosts.diffusers import DiffusersHost
+from retrace.masks import latent_mask, mask_precision
+from retrace.paste import paste_background
+from retrace.pebble.parser import found, parse
+from retrace.pebble.scenes import Scene, instance_masks, render_batch, sample_scene, scene_rng
+from retrace.sampling import sample_ddim
+
+from .pebble import to_nchw, to_nhwc
+
+STEPS = 40
+FIRST = 600_000  # of the held-out scenes; no other measurement looks at these
+PROMPT = "a blue square"
+MARGIN, LEVEL, LEVELS = 4.0, 3, 5  # of the mask: that of the example graphs
+LAMBDAS = (0.0, 1e3, 1e4, 3e4)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row: ``schedule`` None is without guidance, ``weights.background_mse`` above 0 without Blend Step."""
+
+    schedule: Schedule | None
+    weights: Weights = Weights()  # noqa: RUF009 - frozen
+    augmentations: Augmentations = Augmentations()  # noqa: RUF009 - frozen
+    view: View = "region"
+    parity: bool = False
+    blend: bool = True
+
+
+def scenes(count: int, split: str = "heldout") -> list[Scene]:
+    """Scenes whose first object is a red circle; at most one other object."""
+    made = []
+    for index in range(count):
+        rng = scene_rng(split, FIRST + index)
+        scene = sample_scene(rng, objects=int(rng.integers(1, 3)))
+        first = replace(scene.objects[0], colour="red", shape="circle")
+        made.append(replace(scene, objects=(first, *scene.objects[1:])))
+    return made
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one edit: what the parser finds, the background's MSE before the paste, and the cost."""
+
+    success: bool
+    colour: bool
+    background: float
+    evaluations: int
+    backwards: int
+
+
+def edit(
+    host: DiffusersHost, clip: ImageTextModel, scene: Scene, variant: Variant, seed: int
+) -> tuple[Outcome, Tensor]:
+    """One guided edit and its picture ``[1, H, W, 3]``."""
+    picture = to_nhwc(render_batch([scene]))
+    mask = mask_precision(instance_masks(scene, MARGIN)[:1], LEVEL, LEVELS)
+    sigmas = host.sigmas("ddim_uniform", STEPS)
+    latent = host.encode_image(picture)
+    guidance = ClipGuidance(
+        clip,
+        PROMPT,
+        mask,
+        picture,
+        weights=variant.weights,
+        augmentations=variant.augmentations,
+        view=variant.view,
+        parity=variant.parity,
+    )
+    highest = float(host.training_sigmas()[-1])
+
+    def work(model: Any, x0: Tensor, conds: Any) -> tuple[Tensor, int, int]:
+        run = None
+        if variant.schedule is not None:
+            run = GuidedRun(
+                guidance,
+                variant.schedule,
+                sigmas,
+                host.decode_differentiable,
+                model.differentiable,
+                model.parametrisation,
+                seed,
+            )
+        guide = run.guide if run else None
+        if variant.blend:
+            grid = latent_mask(mask, mode="area", size=(x0.shape[-2], x0.shape[-1]))
+            blend = Blend(x0, grid, host.parametrisation, noise="fresh", seed=seed)
+            found_latent = sample_blended(
+                model, x0, sigmas, blend, conds["empty"], highest=highest, seed=seed, guide=guide
+            )
+        else:
+            noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))
+            start = first_latent(x0, noise, float(sigmas[0]), highest, host.parametrisation)
+            anew = torch.Generator().manual_seed(seed + 1)
+            found_latent = sample_ddim(model, start, sigmas, conds["empty"], ancestral=anew, guide=guide)
+        return found_latent, model.evaluations, run.backwards if run else 0
+
+    back, evaluations, backwards = host.run(latent, {"empty": host.encode_text("")}, work, gradients=True)
+    decoded = host.decode_latent(back)
+    outside = mask[0] < 0.5
+    mse = float((decoded - picture)[0][outside].square().mean())
+    image = paste_background(decoded, picture, mask, 3.0) if variant.blend else decoded
+    seen = to_nchw(image)[0]
+    inside = [o for o in parse(seen).objects if mask[0][int(o.y), int(o.x)] > 0.5]
+    hit = found(seen, "blue", "square", mask[0])
+    return Outcome(hit, any(o.colour == "blue" for o in inside), mse, evaluations, backwards), image
+
+
+def measure(
+    host: DiffusersHost, clip: ImageTextModel, given: list[Scene], variant: Variant
+) -> tuple[list[float], float]:
+    """Means of the outcomes' fields, and seconds per edit."""
+    begun = time.perf_counter()
+    outcomes = [edit(host, clip, scene, variant, seed)[0] for seed, scene in enumerate(given)]
+    rows = torch.tensor([[float(v) for v in vars(o).values()] for o in outcomes])
+    return rows.mean(0).tolist(), (time.perf_counter() - begun) / len(given)
+
+
+def variants(host: DiffusersHost) -> dict[str, Variant]:
+    """The rows of the first table."""
+    level = lambda percent: float(host.training_sigmas()[round((1 - percent) * 999)])  # noqa: E731
+    x0 = Variant(Schedule("x0", last=level(0.8)), Weights(clip=10000.0))
+    full = Variant(Schedule("full", last=level(0.8)), Weights(clip=1000.0))
+    return {
+        "no guidance": Variant(None),
+        "x0": x0,
+        "full": full,
+        "x0, one plain view": replace(x0, augmentations=Augmentations(1)),
+        "full, one plain view": replace(full, augmentations=Augmentations(1)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scenes", type=int, default=100)
+    parser.add_argument("--only", nargs="*", help="words of the rows' names; 'lambda' is the second table")
+    args = parser.parse_args()
+    host, clip = DiffusersHost.load(None), load_image_text_model()
+    given = scenes(args.scenes)
+
+    def wanted(name: str) -> bool:
+        return not args.only or any(word in name for word in args.only)
+
+    print(f"{args.scenes} scenes, {STEPS} steps, euler_ancestral, no words for the sampler\n")
+    print("| guidance | success | blue | evaluations | backward passes | seconds |\n|---|---|---|---|---|---|")
+    for name, variant in variants(host).items():
+        if wanted(name):
+            (success, colour, _, evaluations, backwards), seconds = measure(host, clip, given, variant)
+            print(
+                f"| {name} | {success:.0%} | {colour:.0%} | {evaluations:.0f} | {backwards:.0f} | {seconds:.1f} |",
+                flush=True,
+            )
+    if wanted("lambda"):
+        print("\n| background weight | success | background MSE | PSNR |\n|---|---|---|---|")
+        for weight in LAMBDAS:
+            base = variants(host)["x0"]
+            local = replace(base, blend=False, weights=replace(base.weights, background_mse=weight))
+            (success, _, mse, *_), _ = measure(host, clip, given, local)
+            print(f"| {weight:g} | {success:.0%} | {mse:.5f} | {-10 * torch.tensor(mse).log10():.1f} dB |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
