@@ -108,6 +108,20 @@ def build(kind: Kind, dtype: Any) -> tuple[Any, Any]:
     return patcher, clip
 
 
+def build_vae(dtype: Any) -> Any:
+    """Stable Diffusion's VAE with random weights of ``dtype``."""
+    import comfy.sd
+    import torch
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    dd = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128}
+    dd |= {"ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}
+    with torch.inference_mode():
+        network = AutoencoderKL(ddconfig=dd, embed_dim=4)
+        _fill(network)
+        return comfy.sd.VAE(sd=network.state_dict(), dtype=dtype)
+
+
 def _fill(network: Any) -> None:
     """Core's loaders leave weights as the memory was. Gains are 1, so that values keep a size that fp16 can hold."""
     import torch

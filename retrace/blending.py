@@ -6,6 +6,7 @@ true surrounding and the edit grows into it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -117,11 +118,19 @@ class BlendRun:
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """``x`` (a sampler's latent about to be denoised at ``sigma``) with its outside taken from the source."""
         step = step_of(self.sigmas, sigma)
-        level = sigma
-        if self.blend.level == "current" and step > 0:
-            level = float(self.sigmas[step - 1])
         mask = self.masks[step]
-        return x * mask + self.background(level, x) * (1 - mask)
+        return x * mask + self._standing(step, sigma, x) * (1 - mask)
+
+    def _standing(self, step: int, sigma: float, like: Tensor) -> Tensor:
+        """The source as it stands beside a latent at ``sigma``."""
+        if self.blend.level == "next" or step == 0:
+            return self.background(sigma, like)
+        level = float(self.sigmas[step - 1])
+        noisier = self.background(level, like)
+        if self.blend.parametrisation == "flow":
+            return noisier
+        # The reference pastes a latent of unit variance at the noisier level, which here has the scale of sigma's.
+        return noisier * math.sqrt((1 + sigma**2) / (1 + level**2))
 
     def finish(self, x: Tensor) -> Tensor:
         """The sampler's result with its outside brought to the last noise level of the schedule, clean at 0."""

@@ -41,7 +41,8 @@ class ClipGuidance:
     ``view``: the CLIP sees the ``region`` alone (the paper), or the ``picture`` with what is around it.
 
     ``parity`` follows the authors' code where it differs from the paper: the mask before the augmentations, the source
-    unmasked in the background losses, and a mix of clean estimate and noisy latent (see :mod:`.step`).
+    unmasked in the background losses, and a mix of clean estimate and noisy latent (see :mod:`.step`). Not followed:
+    its mean square of the background is one mean over the batch, where here each picture has its own.
 
     Raises:
         InvalidImage: a broken mask or source, or sizes that differ.
@@ -64,15 +65,17 @@ class ClipGuidance:
                 "prompt: it is empty, and there is nothing to guide to. Say in words what the region shall show, or "
                 "take the node out: to remove an object, sample with the words of its surroundings."
             )
-        if self.mask is not None:
-            check_mask("mask", self.mask)
-        if self.source is not None:
-            source = check_image("source", self.source)
-            if self.mask is not None and source.shape[1:3] != self.mask.shape[1:]:
-                raise InvalidImage(
-                    f"mask: got {list(self.mask.shape)}, but the source is {list(source.shape)}. Both must have the "
-                    "same height and width."
-                )
+        mask = None if self.mask is None else check_mask("mask", self.mask)
+        source = None if self.source is None else check_image("source", self.source)
+        if mask is not None and source is not None and source.shape[1:3] != mask.shape[1:]:
+            raise InvalidImage(
+                f"mask: got {list(mask.shape)}, but the source is {list(source.shape)}. Both must have the same height "
+                "and width."
+            )
+        object.__setattr__(self, "mask", mask)  # as checked: without what resizing overshot
+        object.__setattr__(self, "source", source)
+        if not any(vars(self.weights).values()):
+            raise RetraceError("All weights are 0, so there is nothing to guide. Raise the strength, or take it out.")
         background = self.weights.background_lpips or self.weights.background_mse
         if background and (self.source is None or self.mask is None):
             raise RetraceError(
@@ -105,7 +108,8 @@ class ClipGuidance:
                 generator,
                 self.parity,
             )
-            distances = spherical_distance(self.clip.encode_pixels(seen / 2 + 0.5), words.to(seen.device))
+            embedded = self.clip.encode_pixels(seen / 2 + 0.5)
+            distances = spherical_distance(embedded, words.to(embedded.device)).to(total.device)
             total = total + self.weights.clip * distances.reshape(-1, len(shown)).mean(0)
         if mask is not None and self.source is not None:
             total = total + self._background(shown, mask)
@@ -113,6 +117,10 @@ class ClipGuidance:
 
     def _background(self, shown: Tensor, mask: Tensor) -> Tensor:
         assert self.source is not None
+        if len(self.source) not in (1, len(shown)):
+            raise InvalidImage(
+                f"CLIP Guidance has {len(self.source)} sources for a batch of {len(shown)}: give one, or one for each."
+            )
         source = _fitted(self.source.movedim(-1, 1).to(shown) * 2 - 1, shown)
         total = shown.new_zeros(len(shown))
         if self.weights.background_mse:

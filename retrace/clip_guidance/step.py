@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -22,6 +23,10 @@ Predict = Callable[[Tensor], Tensor]
 """A latent ``[B, C, h, w]`` to its guided clean estimate."""
 
 
+FAINTEST = 0.02
+"""Share of the picture in a flow model's latent below which there is nothing to guide, and 1 / share blows up."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """On which steps to guide, and how.
@@ -29,8 +34,8 @@ class Schedule:
     ``path``: ``full`` takes the gradient through the network, to the noisy latent; ``x0`` stops at the clean estimate
     (He et al. 2024, MPGD), which needs no backward pass of the network. ``first`` and ``last`` are the noise levels
     between which to guide, ``every`` n-th step of these only. ``dsg`` > 0 takes only the direction of the gradient and
-    moves the latent by this share of the length that the noise of a DDPM step has (Yang et al. 2024, eq. 12), however
-    large the weights are.
+    moves the next latent of a sampler with DDPM's noise (``euler_ancestral``) by this share of the length of that noise
+    (Yang et al. 2024, eq. 12), however large the weights are.
 
     Raises:
         RetraceError: another path, ``every`` below 1, or a negative ``dsg``.
@@ -52,7 +57,9 @@ class Schedule:
 
     def guides(self, sigmas: Tensor) -> list[bool]:
         """For each step of ``sigmas`` ``[N + 1]`` whether it is guided."""
-        inside = [self.last <= float(s) <= self.first and float(s) > 0 for s in sigmas[:-1]]
+        levels = sigmas.tolist()
+        # Upwards, as an inversion goes, there is nothing to guide.
+        inside = [self.last <= s <= self.first and s > below for s, below in pairwise(levels)]
         counted = 0
         result = []
         for yes in inside:
@@ -85,7 +92,7 @@ class GuidedRun:
         seed: int = 0,
     ) -> None:
         self.guidance, self.schedule, self.decode = guidance, schedule, decode
-        self.sigmas = sigmas.detach().float().cpu()
+        self.sigmas = sigmas.detach().float().cpu().clone()  # uni_pc writes into the list that it is given
         self.guided = schedule.guides(self.sigmas)
         self.differentiable = differentiable
         self.parametrisation = parametrisation
@@ -97,18 +104,31 @@ class GuidedRun:
         """mean loss of every guided call"""
 
     def guide(self, x: Tensor, sigma: float, predict: Predict) -> Tensor:
-        """The clean estimate of ``x`` ``[B, C, h, w]`` at level ``sigma``, moved to where the loss is smaller."""
+        """The clean estimate of ``x`` ``[B, C, h, w]`` at level ``sigma``, moved to where the loss is smaller.
+
+        Where another guidance around this one wants gradients to ``x``, they pass through the estimate, not the move.
+
+        Raises:
+            RetraceError: the gradient is NaN, or the prediction has none.
+        """
         step = step_of(self.sigmas, sigma)
-        if not self.guided[step]:
+        share = picture_share(sigma, self.parametrisation)
+        if not self.guided[step] or share < FAINTEST:
             return predict(x)
+        inner = torch.is_grad_enabled() and x.requires_grad
         if self.schedule.path == "full":
             with self.differentiable():
-                own = x.detach().clone().requires_grad_()
+                own = x if inner else x.detach().clone().requires_grad_()
                 denoised = predict(own)
-                (gradient,) = torch.autograd.grad(self._loss(own, denoised, sigma), own)
+                if not denoised.requires_grad:
+                    raise RetraceError(
+                        "CLIP Guidance: no gradient comes through the model; a patch on it (a cache, for example) "
+                        "hands out predictions of its own. Remove it, or choose the gradient path 'x0'."
+                    )
+                (gradient,) = torch.autograd.grad(self._loss(own, denoised, sigma), own, retain_graph=inner)
             self.backwards += len(x)
             # D = (x + sigma^2 score) / alpha (Tweedie), and the gradient is a part of the score.
-            move = sigma**2 / picture_share(sigma, self.parametrisation) * gradient
+            move = sigma**2 / share * gradient
         else:
             denoised = predict(x)
             with torch.inference_mode(False), torch.enable_grad():
@@ -116,16 +136,15 @@ class GuidedRun:
                 (gradient,) = torch.autograd.grad(self._loss(x.detach().clone(), own, sigma), own)
             # The Jacobian of D times sigma^2 / alpha is the covariance of what x may come from: for unit variance
             # sigma^2 / (alpha^2 + sigma^2) on average (Song et al. 2023, PiGDM), which stands in for it here.
-            share = picture_share(sigma, self.parametrisation)
             move = sigma**2 / (share**2 + sigma**2) * gradient
-        denoised = denoised.detach()
+        denoised = denoised if inner else denoised.detach()
         if not bool(torch.isfinite(move).all()):
             raise RetraceError(
                 f"CLIP Guidance: the gradient at noise level {sigma:.4g} is NaN or infinite. Run the model in bf16 or "
-                "32-bit, lower the weights, or choose the gradient path 'x0'."
+                "32-bit, the VAE in 32-bit, or lower the weights."
             )
         if self.schedule.dsg:
-            move = self._of_length(move, sigma, float(self.sigmas[step + 1]))
+            move = self._of_length(move, float(self.sigmas[step]), float(self.sigmas[step + 1]))
         return denoised - move.to(denoised)
 
     def _loss(self, x: Tensor, denoised: Tensor, sigma: float) -> Tensor:
@@ -142,13 +161,16 @@ class GuidedRun:
         return loss.sum()
 
     def _of_length(self, move: Tensor, sigma: float, sigma_next: float) -> Tensor:
-        """``move`` of the estimate with the length that makes the step go ``dsg`` times as far as a DDPM step's noise.
+        """``move`` of the estimate with the length for which an ancestral step goes ``dsg`` times as far as its noise.
 
-        That noise has the length ``sqrt(n) sigma_next sqrt(sigma^2 - sigma_next^2) / sigma``, and of a move of the
-        estimate a share ``1 - sigma_next^2 / sigma^2`` reaches the next latent.
+        The noise and what a move of the estimate makes of the mean are those of
+        :func:`~retrace.sampling.ancestral_step`.
         """
-        if sigma_next <= 0:
+        if sigma_next <= 0 or sigma_next >= sigma:
             return torch.zeros_like(move)
+        low = sigma_next**2 / sigma
+        share, share_next, share_low = (picture_share(s, self.parametrisation) for s in (sigma, sigma_next, low))
+        down = low * share_next / share_low
+        spread = math.sqrt(sigma_next**2 - down**2) / (share_next - down * share / sigma)
         norm = move.flatten(1).norm(dim=1).clamp(min=1e-12).reshape(-1, 1, 1, 1)
-        spread = sigma * sigma_next / math.sqrt(max(sigma**2 - sigma_next**2, 1e-12))
         return move / norm * (self.schedule.dsg * spread * math.sqrt(move[0].numel()))

@@ -20,8 +20,8 @@ class Augmentations:
 
     ``count`` views in all, the first one as it is; the others are turned by up to ``degrees``, moved by up to the share
     ``translate`` of their side, then seen in perspective, with corners moved by up to half of the share
-    ``perspective``. Each of the two happens with ``probability``. The defaults are those of the authors' code, whose
-    paper has 16 views.
+    ``perspective``. Each of the two happens with ``probability``. The defaults are those of the authors' code (their
+    paper has 16 views), but that views move sideways, too: kornia reads that code's single number as up and down only.
     """
 
     count: int = 8
@@ -47,9 +47,9 @@ class Augmentations:
             return pictures
         kornia = require("kornia.augmentation", "see a picture in several views", "kornia")
         many = pictures.repeat(self.count - 1, 1, 1, 1)
-        # kornia draws from the global state; this puts it back.
+        # kornia draws from the global state of the CPU; this puts it back.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            torch.random.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
             for transform in self._transforms(kornia):
                 many = transform(many)
         return torch.cat([pictures, many])
@@ -73,8 +73,8 @@ def views(
     """Views ``[count * B, 3, h, w]`` in -1..1 of ``size`` of pictures ``[B, 3, H, W]`` with gradients to them.
 
     Outside ``mask`` ``[B or 1, 1, H, W]`` they are 0, mid-grey. The mask is moved with the picture and applied after
-    that, as the paper says, so that border pixels are not drawn out over it; with ``parity`` it is applied first, and
-    pictures shrink by averaging, as in the authors' code.
+    that, as the paper says; with ``parity`` it is applied first, and pictures shrink by averaging, as in the authors'
+    code.
     """
     if parity:
         masked = picture if mask is None else picture * mask

@@ -206,6 +206,22 @@ def test_stop_in_the_middle(case: Any, path: str) -> None:
     assert torch.equal(sample(case, guided), before)
 
 
+@pytest.mark.parametrize("paths", [("full", "full"), ("x0", "full"), ("full", "x0")])
+def test_two_nodes_in_a_row_both_count(case: Any, paths: tuple[str, str]) -> None:
+    inner = patched(case, paths[0])
+    both = sample(case, patched(case, paths[1], model=inner, seed=5))
+    assert bool(torch.isfinite(both).all()) and not torch.allclose(both, sample(case, inner), atol=1e-2)
+
+
+def test_latents_of_films_are_refused(case: Any) -> None:
+    from retrace.errors import UnsupportedModel
+
+    call = SimpleNamespace(noise=torch.zeros(1, 4, 2, 16, 16))
+    wrapper = patched(case, "x0").get_wrappers("sampler_sample", "retrace_clip_guidance")[0]
+    with pytest.raises(UnsupportedModel, match="single pictures"):
+        wrapper.__self__.begin({"noise": call.noise, "model_wrap": None})
+
+
 def test_loras_on_top_count(case: Any) -> None:
     name = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_v.weight"
     weight = case.host.model.model.get_parameter(name)

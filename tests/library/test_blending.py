@@ -42,7 +42,9 @@ def test_current_level_is_one_step_noisier_as_in_the_reference_code() -> None:
     x = torch.zeros(1, 4, 6, 8)
     run = Blend(source(), torch.zeros(1, 6, 8), "eps", level="current", seed=3).start(SIGMAS, x)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(run(x, 1.0), source() + 4.0 * noise)
+    # The authors' code pastes the variance-preserving latent of the noisier level (4) into that of the lower one (1).
+    pasted = (source() + 4.0 * noise) / 17**0.5
+    torch.testing.assert_close(run(x, 1.0) / 2**0.5, pasted)
     torch.testing.assert_close(run(x, 10.0), source() + 10.0 * noise)  # there is no noisier level to take
 
 

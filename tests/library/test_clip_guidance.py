@@ -179,6 +179,7 @@ class TestGuidance:
             ({"mask": torch.zeros(1, 8, 8)}, "mask"),
             ({"mask": torch.ones(1, 8, 8), "source": torch.zeros(1, 9, 8, 3)}, "same height"),
             ({"weights": Weights(1, 1, 0, 1)}, "background"),
+            ({"weights": Weights(0, 0, 0, 0)}, "nothing to guide"),
             ({"mask": torch.ones(1, 8, 8), "source": torch.zeros(1, 8, 8, 3), "weights": Weights(1, 1, 1, 0)}, "LPIPS"),
         ],
     )
@@ -186,10 +187,16 @@ class TestGuidance:
         with pytest.raises(RetraceError, match=says):
             ClipGuidance(stand_in()[0], changes.pop("prompt", "blue"), **changes)
 
-    def test_masks_for_another_batch(self) -> None:
+    def test_masks_and_sources_for_another_batch(self) -> None:
         g = guidance(mask=torch.ones(3, 8, 8))
         with pytest.raises(InvalidImage, match="3 masks for a batch of 2"):
             g.loss(torch.zeros(2, 3, 8, 8), g.words(), generator())
+        g = guidance(mask=torch.ones(1, 8, 8), source=torch.zeros(3, 8, 8, 3), weights=Weights(0, 0, 0, 1))
+        with pytest.raises(InvalidImage, match="3 sources for a batch of 2"):
+            g.loss(torch.zeros(2, 3, 8, 8), g.words(), generator())
+
+    def test_what_resizing_overshot_is_cut(self) -> None:
+        assert float(guidance(mask=torch.full((1, 8, 8), 1.2)).mask.max()) == 1.0  # type: ignore[union-attr]
 
 
 class TestSchedule:
@@ -284,6 +291,39 @@ class TestStep:
             run(Schedule("full"), g=g).guide(self.x, 2.0, shrink)
         f, x_t = math.sqrt(0.8), self.x / math.sqrt(5)
         assert torch.allclose(eye.shown[-1] * 2 - 1, f * shrink(self.x) + (1 - f) * x_t, atol=1e-6)
+
+    def test_two_guidances_around_one_model_both_count(self) -> None:
+        """As two nodes in a row: the outer one's gradient passes through what the inner one left of the estimate."""
+        for outer, inner in (("full", "full"), ("full", "x0"), ("x0", "full"), ("x0", "x0")):
+            one, two = run(Schedule(outer)), run(Schedule(inner))  # type: ignore[arg-type]
+            with torch.enable_grad():
+                both = one.guide(self.x, 2.0, lambda y, two=two: two.guide(y, 2.0, shrink))  # type: ignore[misc]
+                alone = run(Schedule(inner)).guide(self.x, 2.0, shrink)  # type: ignore[arg-type]
+            assert not both.requires_grad and not torch.allclose(both, alone, atol=1e-6)
+
+    def test_without_a_gradient_through_the_model(self) -> None:
+        with torch.enable_grad(), pytest.raises(RetraceError, match="no gradient comes through"):
+            run(Schedule("full")).guide(self.x, 2.0, lambda y: y.detach() / 5)
+
+    def test_pure_noise_of_a_flow_model_is_not_guided(self) -> None:
+        this = GuidedRun(
+            guidance(), Schedule("full"), torch.tensor([1.0, 0.5, 0]), pixels, contextlib.nullcontext, "flow"
+        )
+        assert torch.equal(this.guide(self.x, 1.0, shrink), shrink(self.x))
+
+    def test_upwards_nothing_is_guided(self) -> None:
+        up = GuidedRun(guidance(), Schedule(), SIGMAS.flip(0), pixels, contextlib.nullcontext, "eps")
+        assert not any(up.guided)
+
+    def test_the_samplers_sigmas_are_copied(self) -> None:
+        sigmas = SIGMAS.clone()
+        this = GuidedRun(guidance(), Schedule(), sigmas, pixels, contextlib.nullcontext, "eps")
+        sigmas[-1] = 0.001  # uni_pc does that
+        assert float(this.sigmas[-1]) == 0
+
+    def test_dsg_between_two_levels_is_that_of_their_step(self) -> None:
+        moves = [shrink(self.x) - run(Schedule(dsg=0.2)).guide(self.x, s, shrink) for s in (4.0, 2.001)]
+        assert torch.allclose(moves[0].flatten(1).norm(dim=1), moves[1].flatten(1).norm(dim=1), rtol=1e-5)
 
     def test_nan_is_refused(self) -> None:
         with pytest.raises(RetraceError, match="NaN"):

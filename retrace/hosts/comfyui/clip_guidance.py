@@ -88,6 +88,7 @@ class _Patch(RunPatch):
         super().__init__()
         self.host, self.guidance, self.schedule, self.decode, self.seed = host, guidance, schedule, decode, seed
         self.controls: dict[int, Any] = {}
+        self.before: Any = None
 
     def install(self, patcher: Any) -> None:
         super().install(patcher)
@@ -98,8 +99,11 @@ class _Patch(RunPatch):
 
     def around(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Around everything: the CLIP takes its place before core looks how much is left for the model."""
+        clip = self.guidance.clip
+        # What the graph of a view takes grows with the CLIP: a fifth of its weights, from ViT-B/32 to ViT-L/14.
+        views = int(0.2 * clip.bytes * self.guidance.augmentations.count)
         try:
-            with on_compute_device(self.guidance.clip):
+            with on_compute_device(clip, views):
                 return executor(*args, **kwargs)
         finally:
             if self.guidance.lpips is not None:
@@ -107,11 +111,16 @@ class _Patch(RunPatch):
 
     def begin(self, call: SamplerCall) -> Any:
         guider = call["model_wrap"]
+        if call["noise"].ndim != 4:
+            raise UnsupportedModel(
+                f"CLIP Guidance: latents of shape {list(call['noise'].shape)} arrived, but it is for single pictures, "
+                "[B, C, h, w]. Video models cannot be guided yet."
+            )
         # What changes the latent before the network sees it (Blend Step) must come before the gradient is taken.
         wrappers = guider.model_options["transformer_options"]["wrappers"]
         predicting = wrappers[comfy.patcher_extension.WrappersMP.PREDICT_NOISE]
         predicting[self.key] = predicting.pop(self.key)
-        self.host._running = guider.model_patcher
+        self.before, self.host._running = self.host._running, guider.model_patcher
         return _Run(
             self.guidance,
             self.schedule,
@@ -123,7 +132,7 @@ class _Patch(RunPatch):
         )
 
     def end(self) -> None:
-        self.host._running = None
+        self.host._running = self.before
         self.controls.clear()
 
     def predict(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -137,18 +146,23 @@ class _Patch(RunPatch):
         def predict(x: Tensor) -> Tensor:
             options = given.get("model_options") or {}
             if torch.is_grad_enabled():
-                options = self._with_gradients(options, executor.class_obj.model_patcher)
-            return executor(x, given["timestep"], options, given.get("seed"))  # type: ignore[no-any-return]
+                options = self._with_gradients(options, executor.class_obj)
+            rest = {name: value for name, value in given.items() if name not in _ARGUMENTS}
+            return executor(x, given["timestep"], options, given.get("seed"), **rest)  # type: ignore[no-any-return]
 
         return run.guide(given["x"], float(torch.as_tensor(given["timestep"]).max()), predict)
 
-    def _with_gradients(self, options: dict[str, Any], patcher: Any) -> dict[str, Any]:
+    def _with_gradients(self, options: dict[str, Any], guider: Any) -> dict[str, Any]:
         options = comfy.model_patcher.create_model_options_clone(options)
         options.pop("multigpu_clones", None)
         differentiable_attention(options)
 
         def calculate(executor: Any, model: Any, conds: Any, x: Tensor, timestep: Tensor, inner: Any) -> Any:
-            settle_hooks(patcher, conds, timestep, inner)
+            if model is not guider.inner_model:  # a guider's second model, whose weights have no wrappers
+                with torch.inference_mode():
+                    estimates = executor(model, conds, x.detach(), timestep, inner)
+                return [alias(estimate) for estimate in estimates]
+            settle_hooks(guider.model_patcher, conds, timestep, inner)
             return executor(model, constant_controls(conds, self.controls), x, timestep, inner)
 
         comfy.patcher_extension.add_wrapper_with_key(

@@ -18,11 +18,14 @@ _RESERVE = 512 * 1024**2  # bytes for the activations of one picture
 
 
 @contextlib.contextmanager
-def on_compute_device(clip: ImageTextModel) -> Iterator[ImageTextModel]:
-    """The model on the device where ComfyUI computes, for as long as it is needed; other models make room for it."""
+def on_compute_device(clip: ImageTextModel, reserve: int = 0) -> Iterator[ImageTextModel]:
+    """The model on the device where ComfyUI computes, for as long as it is needed; other models make room for it.
+
+    ``reserve``: bytes that it will take besides its weights, where that is more than for one picture.
+    """
     device = comfy.model_management.get_torch_device()
     if device != clip.device:
-        comfy.model_management.free_memory(clip.bytes + _RESERVE, device)
+        comfy.model_management.free_memory(clip.bytes + max(_RESERVE, reserve), device)
     with clip.on(device):
         yield clip
 

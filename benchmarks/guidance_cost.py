@@ -1,0 +1,101 @@
+"""``python -m benchmarks.guidance_cost sd15``: what a step under CLIP Guidance costs on a real-sized model in ComfyUI.
+
+Run it with ComfyUI's Python and ``COMFYUI_PATH`` set (``--cpu`` as for ComfyUI). UNet, VAE and a CLIP ViT-B/16 have
+their real shapes and random weights. Every row samples a few steps at cfg 7.5 with 8 views; the table shows seconds and
+peak memory above the loaded weights, passes of the network per step, and how many of these are kept for a backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import Counter
+from typing import Any
+
+from .large_models import Peak, build, build_vae, use_comfyui
+
+GUIDANCE, VIEWS = 7.5, 8
+
+
+def image_text() -> Any:
+    """A CLIP ViT-B/16 of random weights."""
+    import open_clip
+    import torch
+
+    from retrace.clip import ImageTextModel
+
+    with torch.inference_mode(False):
+        config = open_clip.get_model_config("ViT-B-16")
+        model = open_clip.CLIP(**config).eval().requires_grad_(False)
+    return ImageTextModel(model, open_clip.get_tokenizer("ViT-B-16"), "random ViT-B-16")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=("sd15", "sdxl"))
+    parser.add_argument("--size", type=int, default=512, help="of the picture, in pixels a side")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16")
+    parser.add_argument("--only", nargs="*", help="words of the rows' names")
+    parser.add_argument("--cpu", action="store_true")
+    args = parser.parse_args()
+    use_comfyui()
+    import comfy.patcher_extension
+    import comfy.sample
+    import torch
+
+    from retrace.clip_guidance import Augmentations, ClipGuidance, Schedule
+    from retrace.hosts.comfyui.clip_guidance import patch_clip_guidance
+    from retrace.hosts.comfyui.prompts import encode_prompts
+
+    dtype = getattr(torch, args.dtype)
+    model, text = build(args.model, dtype)
+    clip, vae = image_text(), build_vae(dtype)
+    positive, negative = (encode_prompts(text, [words]) for words in ("a photo of a beach", ""))
+    cells = args.size // 8
+    noise = torch.randn(1, 4, cells, cells, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(1, args.size, args.size)
+    guidance = ClipGuidance(clip, "a red car", mask, augmentations=Augmentations(VIEWS))
+    counts: Counter[str] = Counter()
+
+    def count(executor: Any, x: Any, *rest: Any, **named: Any) -> Any:
+        counts["forward"] += len(x)
+        counts["kept"] += len(x) * x.requires_grad
+        return executor(x, *rest, **named)
+
+    rows = {
+        "plain": lambda: model,
+        "x0, linear colours": lambda: patch_clip_guidance(model, guidance, Schedule("x0")),
+        "x0, VAE": lambda: patch_clip_guidance(model, guidance, Schedule("x0"), vae=vae),
+        "full, linear colours": lambda: patch_clip_guidance(model, guidance, Schedule("full")),
+        "full, VAE": lambda: patch_clip_guidance(model, guidance, Schedule("full"), vae=vae),
+    }
+
+    def sampled(patched: Any) -> None:
+        patched = patched.clone()
+        patched.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, "count", count)
+        comfy.sample.sample(
+            patched, noise, args.steps, GUIDANCE, "euler", "normal", positive, negative, noise * 0, disable_pbar=True
+        )
+
+    with torch.inference_mode():
+        sampled(model)  # loads the weights
+        print(f"{args.model}, {args.dtype}, {args.size} px, cfg {GUIDANCE}, {VIEWS} views\n", flush=True)
+        print("| guidance | forward | kept for backward | peak above the weights | seconds | of a plain step |")
+        print("|---|---|---|---|---|---|", flush=True)
+        plain = 0.0
+        for name, patched in rows.items():
+            if args.only and name != "plain" and not any(word.lower() in name.lower() for word in args.only):
+                continue
+            counts.clear()
+            begun = time.perf_counter()
+            with Peak() as peak:
+                sampled(patched())
+            seconds = (time.perf_counter() - begun) / args.steps
+            plain = plain or seconds
+            passes = f"{counts['forward'] / args.steps:g} | {counts['kept'] / args.steps:g}"
+            print(f"| {name} | {passes} | {peak.peak:.0f} MB | {seconds:.1f} | {seconds / plain:.1f} x |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
