@@ -8,6 +8,7 @@ const REPORTING = new Set([
   "RetraceEditFriendlyInverter",
   "RetracePromptToPrompt",
   "RetraceAttentionMask",
+  "RetraceBackgroundReconstruction",
   "RetraceEditReport",
 ])
 
