@@ -206,6 +206,50 @@ def test_stop_in_the_middle(case: Any, path: str) -> None:
     assert torch.equal(sample(case, guided), before)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_partly_loaded_models_are_guided_the_same(case: Any, path: str) -> None:
+    """Most layers stay out of memory and come in one by one, as on a small GPU."""
+    import comfy.patcher_extension
+
+    guided = patched(case, path)
+    weights = {k: v for k, v in guided.model_state_dict().items() if "diffusion_model." in k and v.ndim > 1}
+    torch.manual_seed(0)
+    guided.add_patches({key: ("diff", (torch.randn(weight.shape) * 0.02,)) for key, weight in weights.items()}, 0.5)
+    whole = sample(case, guided)
+    lazily: list[int] = []
+
+    def unload(executor: Any, guider: Any, *args: Any, **kwargs: Any) -> Any:
+        patcher = guider.model_patcher
+        patcher.unpatch_model(patcher.load_device)
+        patcher.load(patcher.load_device, lowvram_model_memory=2_000_000)
+        lazily.append(sum(len(m.weight_function) > 0 for m in patcher.model.modules() if hasattr(m, "weight_function")))
+        return executor(guider, *args, **kwargs)
+
+    small = guided.clone()
+    small.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, "unload", unload)
+    torch.testing.assert_close(sample(case, small), whole, rtol=1e-3, atol=1e-3)
+    assert lazily[0] > 0
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_taesd_makes_the_picture(case: Any, path: str) -> None:
+    import comfy.sd
+    from comfy.taesd.taesd import TAESD
+
+    torch.manual_seed(0)
+    parts = {"taesd_encoder": TAESD().taesd_encoder, "taesd_decoder": TAESD().taesd_decoder}
+    weights = {
+        f"{part}.{key}": torch.randn(value.shape) * 0.05  # core leaves weights that it has not loaded as memory was
+        for part, network in parts.items()
+        for key, value in network.state_dict().items()
+    }
+    weights |= {"vae_scale": torch.tensor(1.0), "vae_shift": torch.tensor(0.0)}
+    vae = comfy.sd.VAE(sd=weights)
+    vae.throw_exception_if_invalid()
+    guided = sample(case, patched(case, path, vae=vae))
+    assert bool(torch.isfinite(guided).all()) and not torch.equal(guided, sample(case, case.host.model))
+
+
 @pytest.mark.parametrize("paths", [("full", "full"), ("x0", "full"), ("full", "x0")])
 def test_two_nodes_in_a_row_both_count(case: Any, paths: tuple[str, str]) -> None:
     inner = patched(case, paths[0])
