@@ -12,7 +12,6 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from retrace.blending import NoiseMode
@@ -227,7 +226,7 @@ def extrapolation(rng: np.random.Generator, recipe: Recipe) -> list[Task]:
     """The picture grows by :data:`SIDE` pixels to the left and to the right, each side from its own words.
 
     Every side is one window of the model's size: half new, half the picture's own border. Two tasks, left and right.
-    Success of each: its object on its side, whole, and the ground continues the picture's.
+    Success of each: its object on its side, whole and alone, and the window shows the picture's ground and texture.
     """
     scene = sample_scene(rng, objects=1)
     picture = nhwc(scene)
@@ -245,13 +244,10 @@ def extrapolation(rng: np.random.Generator, recipe: Recipe) -> list[Task]:
         }[recipe.words]
 
         def success(image: Tensor, mask: Tensor = mask, new: Object = new) -> bool:
-            every = parse(image).objects
-            seen = [o for o in every if mask[int(o.y), int(o.x)] > 0.5]
-            if [(o.colour, o.shape) for o in seen] != [(new.colour, new.shape)]:
-                return False
-            things = torch.stack([o.mask for o in every]).amax(0)
-            soft = F.max_pool2d(things[None], 2 * SOFT + 1, 1, SOFT)[0]
-            return match_ground(image, mask, soft).same
+            seen = parse(image)
+            there = [(o.colour, o.shape) for o in seen.objects if mask[int(o.y), int(o.x)] > 0.5]
+            ground = (scene.ground.name, scene.ground.texture)
+            return there == [(new.colour, new.shape)] and (seen.ground, seen.texture) == ground
 
         tasks.append(Task(window, window, mask, words, recipe.negative, words, success))
     return tasks
@@ -265,7 +261,7 @@ APPLICATIONS: dict[str, tuple[Maker, Recipe]] = {
     "remove": (removal, Recipe(margin=6, steps=12, guidance=2.0, words="ground")),
     "background": (
         background,
-        Recipe(margin=0, level=0, steps=16, guidance=3.0, cells="max", feather=0, words="ground"),
+        Recipe(margin=0, level=0, steps=16, guidance=2.0, cells="max", feather=0, words="ground"),
     ),
     "scribble": (scribble, replace(PAINT, margin=8, strength=0.7)),
     "extrapolate": (extrapolation, Recipe(steps=20, guidance=4.0, feather=0, words="no size")),
