@@ -123,6 +123,7 @@ def seams(host: Any, scenes: int, split: str, first: int) -> dict[str, tuple[flo
     for name in names:
         make, recipe = APPLICATIONS[name]
         tasks = [task for index in range(scenes) for task in make(scene_rng(split, first + index), recipe)]
+        tasks = [task for task in tasks if not bool(task.mask.all())]  # a large object's box may be the whole picture
         for begin in range(0, len(tasks), BATCH):
             part = tasks[begin : begin + BATCH]
             keep, mask = torch.stack([t.keep for t in part]), torch.stack([t.mask for t in part])
@@ -164,15 +165,16 @@ def main() -> None:
     first = FIRST[args.split] if args.start is None else args.start
     host, clip = DiffusersHost.load(None), load_image_text_model()
     print(f"{args.scenes} {args.split} scenes from {first} on, {args.candidates} samples each\n")
-    print("| application | single | ranked first | by region | any | outside identical | evaluations | seconds |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
-    for name in APPLICATIONS:
-        if not args.only or name in args.only:
-            with precision(args.bf16):
-                tally, recipe = measure(host, clip, name, args.scenes, args.candidates, args.split, first)
-            print(tally.row(name, recipe), flush=True)
+    chosen = [name for name in APPLICATIONS if not args.only or name in args.only]
+    if chosen:
+        print("| application | single | ranked first | by region | any | outside identical | evaluations | seconds |")
+        print("|---|---|---|---|---|---|---|---|", flush=True)
+    for name in chosen:
+        with precision(args.bf16):
+            tally, recipe = measure(host, clip, name, args.scenes, args.candidates, args.split, first)
+        print(tally.row(name, recipe), flush=True)
     if not args.only or "seam" in args.only:
-        print("\n| paste | gradient across the border | over the source's | pictures |\n|---|---|---|---|")
+        print("| paste | gradient across the border | over the source's | pictures |\n|---|---|---|---|")
         found = seams(host, args.scenes, args.split, first)
         for way, (value, count) in found.items():
             source = found["source of these" if count == found.get("source of these", (0, -1))[1] else "source"][0]
