@@ -26,10 +26,10 @@ from retrace.hosts.diffusers import DiffusersHost
 from retrace.masks import latent_mask, mask_precision
 from retrace.paste import paste_background
 from retrace.pebble.parser import found, parse
-from retrace.pebble.scenes import Scene, instance_masks, render_batch, sample_scene, scene_rng
+from retrace.pebble.scenes import Scene, instance_masks, render_batch
 from retrace.sampling import sample_ddim
 
-from .pebble import to_nchw, to_nhwc
+from .pebble import red_circle_scenes, to_nchw, to_nhwc
 
 STEPS = 40
 FIRST = 600_000  # of the held-out scenes; no other measurement looks at these
@@ -48,17 +48,6 @@ class Variant:
     view: View = "region"
     parity: bool = False
     blend: bool = True
-
-
-def scenes(count: int, split: str = "heldout") -> list[Scene]:
-    """Scenes whose first object is a red circle; at most one other object."""
-    made = []
-    for index in range(count):
-        rng = scene_rng(split, FIRST + index)
-        scene = sample_scene(rng, objects=int(rng.integers(1, 3)))
-        first = replace(scene.objects[0], colour="red", shape="circle")
-        made.append(replace(scene, objects=(first, *scene.objects[1:])))
-    return made
 
 
 @dataclass(frozen=True)
@@ -164,7 +153,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of rows; 'lambda' is the second table")
     args = parser.parse_args()
     host, clip = DiffusersHost.load(None), load_image_text_model()
-    given = scenes(args.scenes, args.split)
+    given = red_circle_scenes(args.scenes, FIRST, args.split)
 
     def wanted(name: str) -> bool:
         return not args.only or name in args.only

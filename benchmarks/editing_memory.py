@@ -7,25 +7,17 @@ table shows peaks above the loaded weights, network evaluations and seconds per 
 
 from __future__ import annotations
 
-import argparse
 import time
 from typing import Any
 
-from .large_models import Peak, build, use_comfyui
+from .large_models import Peak, arguments, build, use_comfyui
 
 TEXTS = ["a photo of a red car on a beach", "a photo of a blue car on a beach"]
 GUIDANCE = 7.5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", choices=("sd15", "sdxl"))
-    parser.add_argument("--size", type=int, default=512, help="of the picture, in pixels a side")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16")
-    parser.add_argument("--only", nargs="*", help="words of the stages' names")
-    parser.add_argument("--cpu", action="store_true")
-    args = parser.parse_args()
+    args = arguments(__doc__, steps=4)
     use_comfyui()
     import comfy.sample
     import torch

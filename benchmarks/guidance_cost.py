@@ -7,12 +7,11 @@ peak memory above the loaded weights, passes of the network per step, and how ma
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections import Counter
 from typing import Any
 
-from .large_models import Peak, build, build_vae, use_comfyui
+from .large_models import Peak, arguments, build, build_vae, use_comfyui
 
 GUIDANCE, VIEWS = 7.5, 8
 
@@ -31,14 +30,7 @@ def image_text() -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", choices=("sd15", "sdxl"))
-    parser.add_argument("--size", type=int, default=512, help="of the picture, in pixels a side")
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16")
-    parser.add_argument("--only", nargs="*", help="words of the rows' names")
-    parser.add_argument("--cpu", action="store_true")
-    args = parser.parse_args()
+    args = arguments(__doc__, steps=2)
     use_comfyui()
     import comfy.patcher_extension
     import comfy.sample

@@ -5,11 +5,12 @@ For speed and memory only. Needs a process with ComfyUI's modules, see :func:`us
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import threading
 import time
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Kind = Literal["sd15", "sdxl"]
 
@@ -85,6 +86,18 @@ def use_comfyui() -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
+
+
+def arguments(description: str | None, steps: int) -> argparse.Namespace:
+    """What the benchmarks of large models are asked on the command line."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("model", choices=get_args(Kind))
+    parser.add_argument("--size", type=int, default=512, help="of the picture, in pixels a side")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16")
+    parser.add_argument("--only", nargs="*", help="words of the rows' names")
+    parser.add_argument("--cpu", action="store_true")
+    return parser.parse_args()
 
 
 def build(kind: Kind, dtype: Any) -> tuple[Any, Any]:

@@ -134,14 +134,14 @@ def inversion_round_trip(host: Any, count: int) -> Result:
     return {name: float(torch.cat(values).mean()) for name, values in totals.items()}
 
 
-def red_circle_scenes(count: int) -> list[Scene]:
-    """Held-out scenes whose first object is a red circle; at most one other object, which must stay."""
+def red_circle_scenes(count: int, first: int = 120_000, split: str = "heldout") -> list[Scene]:
+    """Scenes whose first object is a red circle; at most one other object, which must stay."""
     scenes = []
     for index in range(count):
-        rng = scene_rng("heldout", 120_000 + index)
+        rng = scene_rng(split, first + index)
         scene = sample_scene(rng, objects=int(rng.integers(1, 3)))
-        first = replace(scene.objects[0], colour="red", shape="circle")
-        scenes.append(replace(scene, objects=(first, *scene.objects[1:])))
+        circle = replace(scene.objects[0], colour="red", shape="circle")
+        scenes.append(replace(scene, objects=(circle, *scene.objects[1:])))
     return scenes
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 from .decoders import linear_decoder
 from .guidance import ClipGuidance, Weights
 from .losses import background_mse, range_loss, spherical_distance
-from .step import GuidedRun, Path, Schedule
+from .step import GradientPath, GuidedRun, Schedule
 from .views import Augmentations, View
 
 __all__ = [
     "Augmentations",
     "ClipGuidance",
+    "GradientPath",
     "GuidedRun",
-    "Path",
     "Schedule",
     "View",
     "Weights",

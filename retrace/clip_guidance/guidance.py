@@ -6,14 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..clip import ImageTextModel
 from ..errors import InvalidImage, RetraceError
 from ..validation import check_image, check_mask
 from .losses import background_mse, range_loss, spherical_distance
-from .views import Augmentations, View, views
+from .views import Augmentations, View, resized, views
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ class ClipGuidance:
             raise InvalidImage(
                 f"CLIP Guidance has {len(self.source)} sources for a batch of {len(shown)}: give one, or one for each."
             )
-        source = _fitted(self.source.movedim(-1, 1).to(shown) * 2 - 1, shown)
+        source = resized(self.source.movedim(-1, 1).to(shown) * 2 - 1, _size(shown))
         total = shown.new_zeros(len(shown))
         if self.weights.background_mse:
             total = total + self.weights.background_mse * background_mse(shown, source, mask, self.parity)
@@ -139,11 +138,8 @@ class ClipGuidance:
             raise InvalidImage(
                 f"CLIP Guidance has {len(self.mask)} masks for a batch of {len(picture)}: give one, or one for each."
             )
-        return _fitted(self.mask[:, None].to(picture), picture)
+        return resized(self.mask[:, None].to(picture), _size(picture))
 
 
-def _fitted(image: Tensor, like: Tensor) -> Tensor:
-    """``image`` at the height and width of ``like``."""
-    if image.shape[2:] == like.shape[2:]:
-        return image
-    return F.interpolate(image, like.shape[2:], mode="bilinear", antialias=True, align_corners=False)
+def _size(picture: Tensor) -> tuple[int, int]:
+    return picture.shape[2], picture.shape[3]

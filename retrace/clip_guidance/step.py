@@ -18,7 +18,7 @@ from ..schedule import step_of
 from .decoders import Decoder
 from .guidance import ClipGuidance
 
-Path = Literal["full", "x0"]
+GradientPath = Literal["full", "x0"]
 Predict = Callable[[Tensor], Tensor]
 """A latent ``[B, C, h, w]`` to its guided clean estimate."""
 
@@ -41,15 +41,17 @@ class Schedule:
         RetraceError: another path, ``every`` below 1, or a negative ``dsg``.
     """
 
-    path: Path = "x0"
+    path: GradientPath = "x0"
     first: float = math.inf
     last: float = 0.0
     every: int = 1
     dsg: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.path not in get_args(Path):
-            raise RetraceError(f"gradient: got {self.path!r}, but one of {', '.join(get_args(Path))} is needed.")
+        if self.path not in get_args(GradientPath):
+            raise RetraceError(
+                f"gradient: got {self.path!r}, but one of {', '.join(get_args(GradientPath))} is needed."
+            )
         if self.every < 1:
             raise RetraceError(f"every: got {self.every}, but 1 (every step) or more is needed.")
         if not 0 <= self.dsg < math.inf:
@@ -100,8 +102,8 @@ class GuidedRun:
         self.words = guidance.words()
         self.backwards = 0
         """backward passes through the network so far, counted per image"""
-        self.losses: list[float] = []
-        """mean loss of every guided call"""
+        self.losses: list[Tensor] = []
+        """mean loss of every guided call; tensors, so that no step waits for the device"""
 
     def guide(self, x: Tensor, sigma: float, predict: Predict) -> Tensor:
         """The clean estimate of ``x`` ``[B, C, h, w]`` at level ``sigma``, moved to where the loss is smaller.
@@ -157,7 +159,7 @@ class GuidedRun:
             f = sigma / total
             shown = self.decode(denoised * f + x / total * (1 - f))
         loss = self.guidance.loss(picture, self.words, self.generator, shown)
-        self.losses.append(float(loss.detach().mean()))
+        self.losses.append(loss.detach().mean())
         return loss.sum()
 
     def _of_length(self, move: Tensor, sigma: float, sigma_next: float) -> Tensor:

@@ -80,13 +80,14 @@ def views(
         masked = picture if mask is None else picture * mask
         return augmentations(F.adaptive_avg_pool2d(masked, size), generator)
     if mask is None:
-        return augmentations(_resized(picture, size), generator)
-    together = torch.cat([_resized(picture, size), _resized(mask, size).expand(len(picture), -1, -1, -1)], dim=1)
+        return augmentations(resized(picture, size), generator)
+    together = torch.cat([resized(picture, size), resized(mask, size).expand(len(picture), -1, -1, -1)], dim=1)
     moved = augmentations(together, generator)
     return moved[:, :3] * moved[:, 3:].clamp(0, 1)
 
 
-def _resized(picture: Tensor, size: tuple[int, int]) -> Tensor:
+def resized(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    """``picture`` ``[B, C, H, W]`` at height and width ``size``, without aliasing; itself where it has them."""
     if tuple(picture.shape[2:]) == size:
         return picture
     return F.interpolate(picture, size, mode="bilinear", antialias=True, align_corners=False)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UnsupportedModel
+from .tensors import is_quantised
 
 _BLOCKS = ("ResnetBlock", "ResnetBlock2D")  # ComfyUI's and diffusers' residual blocks, most of a decoder's memory
 
@@ -83,7 +84,7 @@ def _copy(autoencoder: nn.Module, device: torch.device, memo: dict[int, Any]) ->
     for tensor in chain(autoencoder.parameters(), autoencoder.buffers()):
         if id(tensor) in skipped:
             continue
-        if "Quantized" in type(tensor).__name__ or "Quantized" in type(tensor.data).__name__:
+        if is_quantised(tensor):
             raise UnsupportedModel(
                 "The VAE has quantised weights, which cannot be trained. Load its fp16, bf16 or fp32 file."
             )

@@ -27,3 +27,8 @@ def change_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         }
         return dataclasses.replace(value, **fields)
     return value
+
+
+def is_quantised(value: Any) -> bool:
+    """Whether a weight is stored in fewer bits than it computes with, in kernels without a backward."""
+    return "Quantized" in type(value).__name__ or "Quantized" in type(getattr(value, "data", None)).__name__

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedModel
+from ..tensors import is_quantised
 from .compat import drop_inference_buffers, set_in_training
 from .plain import alias, change_tensors
 
@@ -58,7 +59,7 @@ def gradient_clone(patcher: Any) -> Any:
             value = getattr(module, parameter, None)
             if value is None:
                 continue
-            if "Quantized" in type(value).__name__ or "Quantized" in type(getattr(value, "data", None)).__name__:
+            if is_quantised(value):
                 raise UnsupportedModel(
                     f"The layer '{name}' has quantised weights, and gradients cannot pass through them. "
                     "Load the fp16 or bf16 file of this model for methods that optimise."
