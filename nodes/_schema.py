@@ -18,6 +18,9 @@ Trajectory = io.Custom("RETRACE_TRAJECTORY")
 ImageText = io.Custom("RETRACE_CLIP")
 """Socket of :class:`retrace.clip.ImageTextModel`."""
 
+Points = io.Custom("RETRACE_POINTS")
+"""Socket of :class:`retrace.drag.points.DragPoints`."""
+
 
 def schema(family: str, **fields: Any) -> io.Schema:
     """An ``io.Schema`` in the menu ``Retrace/<family>``, without the fields that this ComfyUI does not have."""

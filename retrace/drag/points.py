@@ -1,0 +1,167 @@
+"""Pairs of a handle point and a target point on a picture, and the strokes of a mask painted beside them.
+
+Coordinates are normalised: (0, 0) is the upper left corner of the picture, (1, 1) the lower right one, x before y.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import RetraceError
+
+Point = tuple[float, float]
+MOST_POINTS = 100
+
+EXAMPLE = '{"points": [{"handle": [0.40, 0.50], "target": [0.60, 0.50]}]}'
+
+
+class InvalidPoints(RetraceError):
+    """Points that are not there, not numbers, or not on the picture."""
+
+
+@dataclass(frozen=True)
+class PointPair:
+    """Move what lies at ``handle`` to ``target``; both (x, y) in 0..1."""
+
+    handle: Point
+    target: Point
+
+
+@dataclass(frozen=True)
+class Stroke:
+    """One stroke of a round brush: through ``points`` (x, y in 0..1), ``radius`` in shares of the picture's width.
+
+    ``erase`` takes away what earlier strokes painted.
+    """
+
+    points: tuple[Point, ...]
+    radius: float
+    erase: bool = False
+
+
+@dataclass(frozen=True)
+class DragPoints:
+    """What the socket RETRACE_POINTS carries: the pairs, and the picture ``[1, H, W, 3]`` that they lie on."""
+
+    pairs: tuple[PointPair, ...]
+    picture: Tensor
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the picture in pixels."""
+        return int(self.picture.shape[1]), int(self.picture.shape[2])
+
+    def on_grid(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Handles and targets ``[P, 2]`` as (row, column) on a grid of that size, rounded to whole numbers.
+
+        The reference's rule: share of the picture times size of the grid. A point on the lower or right border would
+        lie one beyond the last cell, and counts as in it.
+        """
+        handles = torch.tensor([(y * height, x * width) for x, y in (pair.handle for pair in self.pairs)])
+        targets = torch.tensor([(y * height, x * width) for x, y in (pair.target for pair in self.pairs)])
+        last = torch.tensor([height - 1.0, width - 1.0])
+        return handles.round().minimum(last), targets.round().minimum(last)
+
+
+def parse_points(text: str) -> tuple[tuple[PointPair, ...], tuple[Stroke, ...]]:
+    """Pairs and strokes from JSON.
+
+    ``{"points": [{"handle": [x, y], "target": [x, y]}, ...], "strokes": [{"points": [[x, y], ...], "radius": r,
+    "erase": false}, ...]}``; ``strokes`` may be missing. A bare list of ``[[x, y], [x, y]]`` or ``[x, y, x, y]`` works
+    as well. No text, or an empty object, is no points.
+
+    Raises:
+        InvalidPoints: no JSON, another form, numbers that are not in 0..1, more than :data:`MOST_POINTS` pairs.
+    """
+    if not text.strip():
+        return (), ()
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise InvalidPoints(f"points: the text is no JSON ({error}). It should look like {EXAMPLE}.") from error
+    if isinstance(value, list):
+        value = {"points": value}
+    if not isinstance(value, dict):
+        raise InvalidPoints(f"points: got {_shown(value)}. It should look like {EXAMPLE}.")
+    entries, painted = value.get("points") or [], value.get("strokes") or []
+    if not isinstance(entries, list) or not isinstance(painted, list):
+        raise InvalidPoints(f"points: 'points' and 'strokes' must be lists. It should look like {EXAMPLE}.")
+    if len(entries) > MOST_POINTS:
+        raise InvalidPoints(f"points: got {len(entries)} pairs, but at most {MOST_POINTS} are possible. Take some out.")
+    pairs = tuple(_pair(number, entry) for number, entry in enumerate(entries, 1))
+    return pairs, tuple(_stroke(number, entry) for number, entry in enumerate(painted, 1))
+
+
+def _pair(number: int, entry: Any) -> PointPair:
+    name = f"points: pair {number}"
+    if isinstance(entry, dict):
+        missing = [key for key in ("handle", "target") if key not in entry]
+        if missing:
+            raise InvalidPoints(f"{name} has no '{missing[0]}'. Give both, as in {EXAMPLE}; in the node, drag from it.")
+        return PointPair(_point(f"{name}, handle", entry["handle"]), _point(f"{name}, target", entry["target"]))
+    if isinstance(entry, list) and len(entry) == 4:
+        entry = [entry[:2], entry[2:]]
+    if isinstance(entry, list) and len(entry) == 2:
+        return PointPair(_point(f"{name}, handle", entry[0]), _point(f"{name}, target", entry[1]))
+    raise InvalidPoints(f"{name} is {_shown(entry)}. It should look like one of {EXAMPLE}.")
+
+
+def _point(name: str, value: Any) -> Point:
+    numbers = (
+        isinstance(value, list) and len(value) == 2 and all(type(v) in (int, float) and math.isfinite(v) for v in value)
+    )
+    if not numbers:
+        raise InvalidPoints(f"{name}: got {_shown(value)}, but two numbers [x, y] are needed.")
+    x, y = float(value[0]), float(value[1])
+    if not (0 <= x <= 1 and 0 <= y <= 1):
+        raise InvalidPoints(
+            f"{name}: got [{x:g}, {y:g}], but both must lie in 0..1: shares of the picture's width and height. "
+            "Divide pixels by the size of the picture."
+        )
+    return x, y
+
+
+def _stroke(number: int, entry: Any) -> Stroke:
+    name = f"points: stroke {number}"
+    if not isinstance(entry, dict) or not isinstance(entry.get("points"), list) or not entry["points"]:
+        raise InvalidPoints(f'{name}: it should look like {{"points": [[0.4, 0.5], [0.5, 0.5]], "radius": 0.05}}.')
+    radius = entry.get("radius")
+    if type(radius) not in (int, float) or not 0 < radius <= 1:
+        raise InvalidPoints(f"{name}: the radius is {_shown(radius)}, but a share of the width, 0 to 1, is needed.")
+    path = tuple(_point(f"{name}, point {i}", point) for i, point in enumerate(entry["points"], 1))
+    return Stroke(path, float(radius), bool(entry.get("erase", False)))
+
+
+def paint_strokes(strokes: Sequence[Stroke], height: int, width: int, below: Tensor | None = None) -> Tensor:
+    """Strokes as a mask ``[1, H, W]``, 1 where painted; ``below`` is a mask of that size to paint on.
+
+    Painted at four times the size and averaged, so that the border of a stroke is smooth.
+    """
+    from PIL import Image, ImageDraw
+
+    fine = 4
+    start = np.zeros((height, width), np.uint8) if below is None else (below[0].cpu().numpy() * 255).round()
+    canvas = Image.fromarray(start.astype(np.uint8)).resize((width * fine, height * fine), Image.Resampling.NEAREST)
+    draw = ImageDraw.Draw(canvas)
+    for stroke in strokes:
+        colour, radius = 0 if stroke.erase else 255, stroke.radius * width * fine
+        path = [(x * width * fine, y * height * fine) for x, y in stroke.points]
+        for x, y in path:
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+        if len(path) > 1:
+            draw.line(path, fill=colour, width=max(1, round(2 * radius)))
+    small = canvas.resize((width, height), Image.Resampling.BOX)
+    return torch.from_numpy(np.asarray(small, np.float32) / 255)[None]
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
