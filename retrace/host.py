@@ -75,6 +75,7 @@ class Denoiser(Protocol):
     parametrisation: Parametrisation
     device: torch.device
     evaluations: int  # network forward passes so far, counted per sample and condition
+    blocks: tuple[str, ...]  # whose outputs can be asked for: "mid.0", "up.0" ..., in the order they run
 
     def denoised(self, x: Tensor, sigma: Tensor | float, cond: Conditioning) -> Tensor:
         """The clean estimate ``[B, C, h, w]`` for ``x`` at noise level ``sigma`` (scalar or ``[B]``)."""
@@ -93,7 +94,14 @@ class Denoiser(Protocol):
         ...
 
     def features(self, blocks: Sequence[str]) -> AbstractContextManager[dict[str, Tensor]]:
-        """Inside, the outputs ``[rows, C, h, w]`` of these decoder blocks (``"up.0"`` ...) are kept, newest last."""
+        """Inside, the outputs ``[rows, C, h, w]`` of these blocks (``"mid.0"``, ``"up.0"`` ...), newest last."""
+        ...
+
+    def features_of(self, x: Tensor, sigma: Tensor | float, cond: Conditioning, block: str) -> Tensor:
+        """The output ``[B, C, h, w]`` of one block for ``x`` at noise level ``sigma``; the network is cut after it.
+
+        Costs what the network needs up to there, forward and backward, and counts as an evaluation.
+        """
         ...
 
     def progress(self, step: int, total: int, denoised: Tensor | None = None) -> None:

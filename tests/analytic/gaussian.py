@@ -85,6 +85,9 @@ class Gaussian:
     def features(self, blocks: Sequence[str]) -> Any:
         raise NotImplementedError
 
+    def features_of(self, x: Tensor, sigma: Tensor | float, cond: Any, block: str) -> Tensor:
+        raise NotImplementedError
+
     def progress(self, step: int, total: int, denoised: Tensor | None = None) -> None:
         self.steps.append((step, total))
         if self.on_progress is not None:

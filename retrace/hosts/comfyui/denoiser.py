@@ -19,9 +19,10 @@ from ...errors import RetraceError
 from ...host import AttentionHook, Conditioning, Parametrisation
 from .attention import install_attention
 from .conditioning import ComfyConditioning
-from .features import FeatureRecorder
+from .features import FeatureRecorder, NetworkCut, cut_after
 from .gradients import ConstantControl, constant_controls, differentiable_attention, gradient_mode, settle_hooks
 from .plain import alias
+from .unet import feature_blocks
 
 
 class ComfyDenoiser:
@@ -36,6 +37,7 @@ class ComfyDenoiser:
         self.patcher = patcher
         self.model = model
         self.gradients = gradients
+        self.blocks = feature_blocks(model.diffusion_model)
         self.options = comfy.model_patcher.create_model_options_clone(model_options)
         # Core would hand conditions to one thread per GPU, where neither hooks nor autograd could follow.
         self.options.pop("multigpu_clones", None)
@@ -120,6 +122,19 @@ class ComfyDenoiser:
                 yield recorder.kept
             finally:
                 self._recorders.remove(recorder)
+
+    def features_of(self, x: Tensor, sigma: Tensor | float, cond: Conditioning, block: str) -> Tensor:
+        """The output ``[B, C, h, w]`` of ``block``; the network is not run beyond it.
+
+        A condition of several entries (areas) is run for the first of them. Raises
+        :class:`~retrace.errors.UnsupportedModel` without a UNet, RetraceError for a block that it does not have.
+        """
+        with cut_after(self.model.diffusion_model, block):
+            try:
+                self.denoised(x, sigma, cond)
+            except NetworkCut as cut:
+                return alias(cut.output)[: x.shape[0]].float()
+        raise RetraceError(f"The network ran without its block '{block}'. Another node may have replaced its forward.")
 
     @contextmanager
     def with_options(self, options: dict[str, Any]) -> Iterator[None]:

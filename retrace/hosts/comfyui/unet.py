@@ -56,6 +56,15 @@ def feature_layer(network: Any, name: str) -> nn.Module:
     return last[name]
 
 
+def feature_blocks(network: Any) -> tuple[str, ...]:
+    """Blocks from the middle of the network on, in the order they run; none for a network that is no UNet."""
+    try:
+        names = _block_names(network)
+    except UnsupportedModel:
+        return ()
+    return ("mid.0", *dict.fromkeys(names["output"]))
+
+
 def _parts(network: Any) -> list[tuple[str, Any]]:
     return [("input", network.input_blocks), ("middle", [network.middle_block]), ("output", network.output_blocks)]
 

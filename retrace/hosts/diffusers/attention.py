@@ -99,17 +99,52 @@ def attention_hook(unet: Any, hook: AttentionHook, batch: Batch) -> Iterator[Non
         unet.set_attn_processor(before)
 
 
+class NetworkCut(BaseException):
+    """Ends a run of the network after the block that was asked for; not an error, and no handler of errors sees it."""
+
+    def __init__(self, output: Tensor) -> None:
+        self.output = output
+
+
 @contextmanager
-def feature_hook(unet: Any, blocks: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Inside, the outputs of the decoder blocks ``blocks`` (``"up.0"`` ...) are kept in the dict that is given.
+def cut_after(unet: Any, block: str) -> Iterator[None]:
+    """Inside, a run of ``unet`` ends with :class:`NetworkCut` after ``block``.
 
     Raises:
         RetraceError: a block that this model does not have.
     """
-    known = {f"up.{i}": block for i, block in enumerate(unet.up_blocks)}
+
+    def stop(_: Any, __: Any, output: Tensor) -> None:
+        raise NetworkCut(output)
+
+    handle = _known(unet, [block])[block].register_forward_hook(stop)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def feature_blocks(unet: Any) -> dict[str, Any]:
+    """The blocks from the middle of the network on by name, in the order they run."""
+    return {"mid.0": unet.mid_block} | {f"up.{i}": block for i, block in enumerate(unet.up_blocks)}
+
+
+def _known(unet: Any, blocks: Sequence[str]) -> dict[str, Any]:
+    known = feature_blocks(unet)
     unknown = [b for b in blocks if b not in known]
     if unknown:
         raise RetraceError(f"Features of {', '.join(unknown)} were asked for; this model has {', '.join(known)}.")
+    return known
+
+
+@contextmanager
+def feature_hook(unet: Any, blocks: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Inside, the outputs of ``blocks`` (``"mid.0"``, ``"up.0"`` ...) are kept in the dict that is given.
+
+    Raises:
+        RetraceError: a block that this model does not have.
+    """
+    known = _known(unet, blocks)
     kept: dict[str, Tensor] = {}
 
     def keep(name: str, _: Any, __: Any, output: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import InvalidImage, RetraceError
 from ...host import AttentionHook, Conditioning, Parametrisation, Row
 from ..tensors import change_tensors
-from .attention import Batch, attention_hook, feature_hook
+from .attention import Batch, NetworkCut, attention_hook, cut_after, feature_blocks, feature_hook
 from .noise_schedule import NoiseSchedule
 from .text import TextCondition
 
@@ -35,6 +35,7 @@ class UNetDenoiser:
         self.parametrisation = parametrisation
         self.device: torch.device = unet.device
         self.evaluations = 0
+        self.blocks = tuple(feature_blocks(unet))
         self._unet = unet
         self._schedule = schedule
         self._downscale = downscale
@@ -128,8 +129,18 @@ class UNetDenoiser:
         return attention_hook(self._unet, hook, self._batch)
 
     def features(self, blocks: Sequence[str]) -> AbstractContextManager[dict[str, Tensor]]:
-        """Inside, the outputs ``[rows, C, h, w]`` of the decoder blocks named are kept, newest last."""
+        """Inside, the outputs ``[rows, C, h, w]`` of the blocks named are kept, newest last."""
         return feature_hook(self._unet, blocks)
+
+    def features_of(self, x: Tensor, sigma: Tensor | float, cond: Conditioning, block: str) -> Tensor:
+        """The output ``[B, C, h, w]`` of ``block``; the network is not run beyond it."""
+        with cut_after(self._unet, block):
+            try:
+                self.denoised(x, sigma, cond)
+            except NetworkCut as cut:
+                self.evaluations += len(x)
+                return cut.output.float()
+        raise AssertionError("unreachable: every block of a diffusers UNet runs")
 
     def progress(self, step: int, total: int, denoised: Tensor | None = None) -> None:
         """Tell the host's callback; an exception it raises stops the method."""
