@@ -9,6 +9,7 @@ noise`` for flow models. All latents here are in the model's own scale (the VAE 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -68,6 +69,14 @@ class AttentionHook(Protocol):
     def __call__(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """A change of one linear map by a product of two small ones, ``y + up(down(x))`` (Hu et al. 2022, eq. 3)."""
+
+    down: Tensor  # [rank, inputs of the map]
+    up: Tensor  # [outputs of the map, rank]
+
+
 @runtime_checkable
 class Denoiser(Protocol):
     """A model that is loaded and ready: ``D(x, sigma, cond)``, an estimate of the clean latent."""
@@ -85,12 +94,33 @@ class Denoiser(Protocol):
         """One estimate per condition, in one batch where the host and its memory allow."""
         ...
 
-    def differentiable(self) -> AbstractContextManager[None]:
-        """Inside, gradients flow from :meth:`denoised` to ``x`` and to embeddings; the weights never require them."""
+    def differentiable(self, *, recompute: bool = False) -> AbstractContextManager[None]:
+        """Inside, gradients flow from :meth:`denoised` to ``x`` and to embeddings; the weights never require them.
+
+        With ``recompute`` the network keeps the inputs of its blocks only, and computes the rest again on the way back
+        (Chen et al. 2016): a fraction of the memory for a third more time. Go back inside the same block.
+        """
         ...
 
     def attention(self, hook: AttentionHook) -> AbstractContextManager[None]:
         """Inside, every attention layer calls ``hook``."""
+        ...
+
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """The linear maps of all attention layers by name, each with its ``(outputs, inputs)``, in the order they run.
+
+        Names are equal in all hosts: ``"up.1.12.attn2.k"`` is the projection to keys in the cross-attention of
+        transformer block 12 of the network, which lies in ``up.1`` (q, k, v and out; attn1 is self-attention).
+        Raises :class:`~retrace.errors.UnsupportedModel` for models without such names.
+        """
+        ...
+
+    def adapters(self, adapters: Mapping[str, LowRank]) -> AbstractContextManager[None]:
+        """Inside, these projections are changed; the weights stay as they are. May be nested: changes add up.
+
+        Inside :meth:`differentiable` gradients flow to those of their tensors that require them. Raises
+        :class:`~retrace.errors.UnsupportedModel` for a name or a shape that the model does not have.
+        """
         ...
 
     def features(self, blocks: Sequence[str]) -> AbstractContextManager[dict[str, Tensor]]:
@@ -187,6 +217,11 @@ def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor | float, parametrisation:
 def picture_share(sigma: float, parametrisation: Parametrisation) -> float:
     """How much of the clean latent is in a noisy one at level ``sigma``."""
     return 1 - sigma if parametrisation == "flow" else 1.0
+
+
+def variance_scale(sigma: float, parametrisation: Parametrisation) -> float:
+    """What divides a noisy latent to give it the variance that a network sees (1 for flow models, which keep it)."""
+    return 1.0 if parametrisation == "flow" else math.sqrt(1 + sigma * sigma)
 
 
 def guided(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:

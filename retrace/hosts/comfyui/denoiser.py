@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import comfy.model_management
@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from ...errors import RetraceError
-from ...host import AttentionHook, Conditioning, Parametrisation
+from ...host import AttentionHook, Conditioning, LowRank, Parametrisation
+from ..adapters import adapted, shape_of
+from ..recompute import recomputed
 from .attention import install_attention
 from .conditioning import ComfyConditioning
 from .features import FeatureRecorder, NetworkCut, cut_after
 from .gradients import ConstantControl, constant_controls, differentiable_attention, gradient_mode, settle_hooks
+from .lora import projection_layers
 from .plain import alias
 from .unet import feature_blocks
 
@@ -85,17 +88,27 @@ class ComfyDenoiser:
         self._bar.update_absolute(step, total, preview)
 
     @contextmanager
-    def differentiable(self) -> Iterator[None]:
+    def differentiable(self, *, recompute: bool = False) -> Iterator[None]:
         """Inside, gradients flow from :meth:`denoised` to ``x`` and to embeddings, but not into ControlNets.
 
+        ``recompute`` saves memory, see the protocol; it has no effect on models without core's blocks of a UNet.
         Raises :class:`~retrace.errors.RetraceError` unless the run was opened with ``gradients=True``.
         """
         if not self.gradients:
             raise RetraceError("This run was opened without gradients. Call host.run(..., gradients=True).")
         options = comfy.model_patcher.create_model_options_clone(self.options)
         differentiable_attention(options)
-        with self.with_options(options), gradient_mode(self.model.diffusion_model):
+        network = self.model.diffusion_model
+        with self.with_options(options), gradient_mode(network), recomputed(network if recompute else None):
             yield
+
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """The linear maps of all attention layers by name, ``(outputs, inputs)``; see the protocol."""
+        return {name: shape_of(layer) for name, layer in projection_layers(self.model.diffusion_model).items()}
+
+    def adapters(self, adapters: Mapping[str, LowRank]) -> AbstractContextManager[None]:
+        """Inside, these projections are changed; the weights stay as they are. See the protocol."""
+        return adapted(projection_layers(self.model.diffusion_model), adapters, self.device)
 
     @contextmanager
     def attention(self, hook: AttentionHook) -> Iterator[None]:

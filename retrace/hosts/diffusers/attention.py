@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,22 +67,39 @@ class _Processor:
         return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
 
 
-@contextmanager
-def attention_hook(unet: Any, hook: AttentionHook, batch: Batch) -> Iterator[None]:
-    """Inside, the self- and cross-attention of every transformer block of ``unet`` goes through ``hook``."""
-    before = dict(unet.attn_processors)
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One attention of one transformer block: where it is, and how the Host protocol names it."""
+
+    path: str  # of the module
+    block: str
+    index: int  # running number of the transformer block
+    number: Literal[1, 2]  # 1 is self-attention, 2 cross-attention
+
+
+def attention_layers(unet: Any) -> list[AttentionLayer]:
+    """All attention layers of ``unet`` in the order they run."""
     layers = []
-    for name in before:
+    for name in unet.attn_processors:
         found = _BLOCK.match(name)
         if found:
             side, number, mid, attention, transformer, layer = found.groups()
             order = (("down", "mid", "up").index(side or mid), int(number or 0), int(attention), int(transformer))
-            layers.append((order, int(layer), name, f"{side or mid}.{number or 0}"))
+            layers.append((order, int(layer), name.removesuffix(".processor"), f"{side or mid}.{number or 0}"))
     running = {order: i for i, order in enumerate(sorted({order for order, *_ in layers}))}
+    return [AttentionLayer(path, block, running[order], 1 if n == 1 else 2) for order, n, path, block in sorted(layers)]
+
+
+@contextmanager
+def attention_hook(unet: Any, hook: AttentionHook, batch: Batch) -> Iterator[None]:
+    """Inside, the self- and cross-attention of every transformer block of ``unet`` goes through ``hook``."""
+    before = dict(unet.attn_processors)
     size: dict[str, tuple[int, int]] = {}
     replaced = {
-        name: _Processor(hook, "self" if layer == 1 else "cross", block, running[order], size, batch)
-        for order, layer, name, block in layers
+        f"{layer.path}.processor": _Processor(
+            hook, "self" if layer.number == 1 else "cross", layer.block, layer.index, size, batch
+        )
+        for layer in attention_layers(unet)
     }
 
     def note_size(_: Any, inputs: tuple[Tensor, ...]) -> None:

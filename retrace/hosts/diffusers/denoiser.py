@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidImage, RetraceError
-from ...host import AttentionHook, Conditioning, Parametrisation, Row
+from ...host import AttentionHook, Conditioning, LowRank, Parametrisation, Row
+from ..adapters import adapted, shape_of
+from ..recompute import recomputed
 from ..tensors import change_tensors
 from .attention import Batch, NetworkCut, attention_hook, cut_after, feature_blocks, feature_hook
+from .lora import projection_layers
 from .noise_schedule import NoiseSchedule
 from .text import TextCondition
 
@@ -107,8 +110,10 @@ class UNetDenoiser:
         return (many - output * sigma).to(x.dtype)
 
     @contextmanager
-    def differentiable(self) -> Iterator[None]:
+    def differentiable(self, *, recompute: bool = False) -> Iterator[None]:
         """Inside, gradients flow from :meth:`denoised` to ``x`` and to embeddings; the weights never require them.
+
+        ``recompute`` saves memory, see the protocol.
 
         Raises:
             RetraceError: the run was not opened with ``gradients=True``.
@@ -119,10 +124,18 @@ class UNetDenoiser:
             )
         before, self._differentiable = self._differentiable, True
         try:
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad(), recomputed(self._unet if recompute else None):
                 yield
         finally:
             self._differentiable = before
+
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """The linear maps of all attention layers by name, ``(outputs, inputs)``; see the protocol."""
+        return {name: shape_of(layer) for name, layer in projection_layers(self._unet).items()}
+
+    def adapters(self, adapters: Mapping[str, LowRank]) -> AbstractContextManager[None]:
+        """Inside, these projections are changed; the weights stay as they are. See the protocol."""
+        return adapted(projection_layers(self._unet), adapters, self.device)
 
     def attention(self, hook: AttentionHook) -> AbstractContextManager[None]:
         """Inside, every attention layer calls ``hook``."""
