@@ -9,6 +9,7 @@ from .background import BackgroundReconstruction
 from .blending import BlendStep, PasteBackground
 from .clip import LoadCLIP
 from .clip_guidance import CLIPGuidance
+from .drag_points import DragPointsNode
 from .edit_friendly import EditFriendlyInverter
 from .inversion import DDIMInverter
 from .inversion_files import LoadInversion, SaveInversion
@@ -41,6 +42,7 @@ NODES: list[type[io.ComfyNode]] = [
     EditReportNode,
     RankByCLIP,
     LoadCLIP,
+    DragPointsNode,
 ]
 
 

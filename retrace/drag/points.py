@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import RetraceError
+from ..errors import InvalidImage, RetraceError
+from ..validation import check_mask, describe
 
 Point = tuple[float, float]
 MOST_POINTS = 100
@@ -65,10 +66,10 @@ class DragPoints:
         The reference's rule: share of the picture times size of the grid. A point on the lower or right border would
         lie one beyond the last cell, and counts as in it.
         """
-        handles = torch.tensor([(y * height, x * width) for x, y in (pair.handle for pair in self.pairs)])
-        targets = torch.tensor([(y * height, x * width) for x, y in (pair.target for pair in self.pairs)])
-        last = torch.tensor([height - 1.0, width - 1.0])
-        return handles.round().minimum(last), targets.round().minimum(last)
+        shares = torch.tensor([(*pair.handle, *pair.target) for pair in self.pairs], dtype=torch.float64)
+        cells = (shares.reshape(-1, 2, 2).flip(-1) * torch.tensor([height, width])).round().float()
+        handles, targets = cells.minimum(torch.tensor([height - 1.0, width - 1.0])).unbind(1)
+        return handles, targets
 
 
 def parse_points(text: str) -> tuple[tuple[PointPair, ...], tuple[Stroke, ...]]:
@@ -79,19 +80,21 @@ def parse_points(text: str) -> tuple[tuple[PointPair, ...], tuple[Stroke, ...]]:
     as well. No text, or an empty object, is no points.
 
     Raises:
-        InvalidPoints: no JSON, another form, numbers that are not in 0..1, more than :data:`MOST_POINTS` pairs.
+        InvalidPoints: no text, no JSON, another form, numbers outside 0..1, more than :data:`MOST_POINTS` pairs.
     """
+    if not isinstance(text, str):
+        raise InvalidPoints(f"points: got {describe(text)}, but a text is needed. It should look like {EXAMPLE}.")
     if not text.strip():
         return (), ()
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidPoints(f"points: the text is no JSON ({error}). It should look like {EXAMPLE}.") from error
     if isinstance(value, list):
         value = {"points": value}
     if not isinstance(value, dict):
         raise InvalidPoints(f"points: got {_shown(value)}. It should look like {EXAMPLE}.")
-    entries, painted = value.get("points") or [], value.get("strokes") or []
+    entries, painted = value.get("points", []), value.get("strokes", [])
     if not isinstance(entries, list) or not isinstance(painted, list):
         raise InvalidPoints(f"points: 'points' and 'strokes' must be lists. It should look like {EXAMPLE}.")
     if len(entries) > MOST_POINTS:
@@ -115,18 +118,15 @@ def _pair(number: int, entry: Any) -> PointPair:
 
 
 def _point(name: str, value: Any) -> Point:
-    numbers = (
-        isinstance(value, list) and len(value) == 2 and all(type(v) in (int, float) and math.isfinite(v) for v in value)
-    )
+    numbers = isinstance(value, list) and len(value) == 2 and all(type(v) in (int, float) and v == v for v in value)
     if not numbers:
         raise InvalidPoints(f"{name}: got {_shown(value)}, but two numbers [x, y] are needed.")
-    x, y = float(value[0]), float(value[1])
-    if not (0 <= x <= 1 and 0 <= y <= 1):
+    if not all(0 <= v <= 1 for v in value):
         raise InvalidPoints(
-            f"{name}: got [{x:g}, {y:g}], but both must lie in 0..1: shares of the picture's width and height. "
+            f"{name}: got {_shown(value)}, but both must lie in 0..1: shares of the picture's width and height. "
             "Divide pixels by the size of the picture."
         )
-    return x, y
+    return float(value[0]), float(value[1])
 
 
 def _stroke(number: int, entry: Any) -> Stroke:
@@ -141,25 +141,57 @@ def _stroke(number: int, entry: Any) -> Stroke:
 
 
 def paint_strokes(strokes: Sequence[Stroke], height: int, width: int, below: Tensor | None = None) -> Tensor:
-    """Strokes as a mask ``[1, H, W]``, 1 where painted; ``below`` is a mask of that size to paint on.
+    """Strokes as a mask ``[1, H, W]``, 1 where painted, on top of the mask ``below`` of that size (0 without one).
 
-    Painted at four times the size and averaged, so that the border of a stroke is smooth.
+    The border of a stroke is smooth: it is painted finer (4 times, at most 32 million cells) and averaged. Where no
+    stroke touches it, ``below`` stays as it is, bit for bit.
     """
     from PIL import Image, ImageDraw
 
-    fine = 4
-    start = np.zeros((height, width), np.uint8) if below is None else (below[0].cpu().numpy() * 255).round()
-    canvas = Image.fromarray(start.astype(np.uint8)).resize((width * fine, height * fine), Image.Resampling.NEAREST)
-    draw = ImageDraw.Draw(canvas)
+    mask = torch.zeros(1, height, width) if below is None else below.float().cpu()
+    if not strokes:
+        return mask
+    fine = max(1, min(4, math.isqrt(32_000_000 // (height * width))))
+    layers = [Image.new("L", (width * fine, height * fine)) for _ in ("painted", "touched")]
+    pens = [ImageDraw.Draw(layer) for layer in layers]
     for stroke in strokes:
-        colour, radius = 0 if stroke.erase else 255, stroke.radius * width * fine
+        radius = max(stroke.radius * width, 0.5) * fine
         path = [(x * width * fine, y * height * fine) for x, y in stroke.points]
-        for x, y in path:
-            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
-        if len(path) > 1:
-            draw.line(path, fill=colour, width=max(1, round(2 * radius)))
-    small = canvas.resize((width, height), Image.Resampling.BOX)
-    return torch.from_numpy(np.asarray(small, np.float32) / 255)[None]
+        for pen, colour in zip(pens, (0 if stroke.erase else 255, 255), strict=True):
+            for x, y in path:
+                pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+            if len(path) > 1:
+                pen.line(path, fill=colour, width=max(1, round(2 * radius)))
+    small = [layer.resize((width, height), Image.Resampling.BOX) for layer in layers]
+    painted, touched = (torch.from_numpy(np.asarray(layer, np.float32) / 255) for layer in small)
+    return (mask * (1 - touched) + painted).clamp(0, 1)
+
+
+def movable_area(strokes: Sequence[Stroke], height: int, width: int, mask: Tensor | None = None) -> Tensor:
+    """Where the picture may change, ``[1, H, W]`` in 0..1: ``mask`` with the strokes painted on it.
+
+    A mask that is 0 everywhere, of any size, is none: Load Image gives that for a picture without transparency. Without
+    a mask the strokes are the area; without strokes as well, or when they only erase, everything may move at first.
+
+    Raises:
+        InvalidImage: not one mask, or one of another size.
+        InvalidPoints: everything was erased.
+    """
+    if mask is not None:
+        if check_mask("mask", mask, allow_empty=True).amax() <= 0:
+            mask = None
+        elif mask.shape[0] != 1:
+            raise InvalidImage(f"mask: got {describe(mask)}, but one mask for one picture is needed. Take one of them.")
+        else:
+            mask = check_mask("mask", mask, (height, width))
+    if mask is None and all(stroke.erase for stroke in strokes):
+        mask = torch.ones(1, height, width)
+    area = paint_strokes(strokes, height, width, mask)
+    if area.amax() <= 0:
+        raise InvalidPoints(
+            "mask: all of it was erased, so nothing may move. Paint the part that may move with the brush, or undo."
+        )
+    return area
 
 
 def _shown(value: Any) -> str:

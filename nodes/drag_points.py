@@ -1,0 +1,93 @@
+"""Drag Points: where a picture shall move, placed on it with the mouse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io, ui
+
+from ..retrace.drag.points import EXAMPLE, DragPoints, InvalidPoints, movable_area, parse_points
+from ..retrace.errors import InvalidImage
+from ..retrace.validation import check_image, describe
+from ._errors import reports_errors
+from ._schema import Points, schema
+
+PICTURE = "retrace_picture"
+"""Where the widget finds the picture in the node's result: a key of its own, so that core does not draw it as well."""
+
+
+class DragPointsNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "drag",
+            node_id="RetraceDragPoints",
+            display_name="Drag Points",
+            description="Place points on a picture: press on what should move and drag to where it should go. Paint "
+            "the part that may change with the brush. Goes to the drag nodes.",
+            search_aliases=["point editor", "points editor", "drag diffusion", "draggan", "handles", "spline"],
+            has_intermediate_output=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Image.Input(
+                    "image",
+                    tooltip="The picture to drag on, one. From 'Load Image' it shows at once, from other nodes after "
+                    "the first run.",
+                ),
+                io.String.Input(
+                    "points",
+                    default="",
+                    multiline=True,
+                    tooltip="The points and brush strokes as JSON, in shares of the picture's width and height. The "
+                    f"picture in the node writes this text. Example: {EXAMPLE}",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="The part that may change (1 = may change), from the mask editor of 'Load Image' for "
+                    "instance. Brush strokes paint on top of it. An empty mask counts as none.",
+                ),
+            ],
+            outputs=[
+                Points.Output("drag_points", display_name="points", tooltip="The points and the picture they lie on."),
+                io.Mask.Output(
+                    "area",
+                    display_name="mask",
+                    tooltip="The part that may change: the mask with the brush strokes; everything without either.",
+                ),
+                io.Image.Output("picture", display_name="image", tooltip="The picture, as it came in."),
+            ],
+        )
+
+    @classmethod
+    @reports_errors("Drag Points")
+    def execute(cls, image: torch.Tensor, points: str = "", mask: torch.Tensor | None = None) -> io.NodeOutput:
+        picture = check_image("image", image)
+        if picture.shape[0] != 1:
+            raise InvalidImage(
+                f"image: got {describe(image)}, that is {picture.shape[0]} pictures, but one is needed. Take one of "
+                "them with 'Image From Batch'."
+            )
+        shown = ui.PreviewImage(picture).values
+        try:
+            pairs, strokes = parse_points(points)
+            if not pairs:
+                raise InvalidPoints(
+                    "there are no points. Press on the picture in the node at what should move, drag to where it "
+                    f"should go, and run again. As text: {EXAMPLE}."
+                )
+            area = movable_area(strokes, *picture.shape[1:3], mask)
+        except InvalidPoints:
+            _show(cls.hidden.unique_id, shown)  # without the picture nobody could place the points that are missing
+            raise
+        return io.NodeOutput(DragPoints(pairs, picture), area, picture, ui={PICTURE: shown})
+
+
+def _show(node_id: Any, shown: list[Any]) -> None:
+    """Give the picture to the widget of a node that fails: it has no result to carry it."""
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id is not None:
+        server.send_sync("retrace.drag_points", {"node": node_id, PICTURE: shown}, server.client_id)
