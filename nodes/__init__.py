@@ -18,6 +18,7 @@ from .null_text import NullTextOptimizer
 from .pebble import LoadPebble, PebbleScene
 from .prompt_to_prompt import DirectInversion, PromptToPromptNode, ProximalGuidance
 from .ranking import RankByCLIP
+from .reference_kv import ReferenceKVControl
 from .report import EditReportNode
 from .schedule import ReferenceSchedule
 
@@ -43,6 +44,7 @@ NODES: list[type[io.ComfyNode]] = [
     RankByCLIP,
     LoadCLIP,
     DragPointsNode,
+    ReferenceKVControl,
 ]
 
 
