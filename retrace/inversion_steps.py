@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .host import Conditioning, Denoiser
+from .host import Conditioning, Denoiser, variance_scale
 
 ANDERSON_DEPTH = 3
 STALL = 3  # iterations without a tenth of improvement after which a sample is as good as it gets
@@ -54,14 +54,10 @@ class Problem:
         return Step(x, denoised, direction, iterations, float(self.residuals(x, image).max()))
 
 
-def _variance_scale(model: Denoiser, sigma: float) -> float:
-    """What divides a latent at level sigma to give it the variance a network sees (1 for flow, which keeps it)."""
-    return 1.0 if model.parametrisation == "flow" else math.sqrt(1 + sigma * sigma)
-
-
 def ddim(problem: Problem) -> Step:
     """The direction at the low latent, taken for one at the high level; one evaluation."""
-    scale = _variance_scale(problem.model, problem.high) / _variance_scale(problem.model, problem.low)
+    kind = problem.model.parametrisation
+    scale = variance_scale(problem.high, kind) / variance_scale(problem.low, kind)
     image, denoised = problem.image(problem.x_low * scale)
     return replace(problem.solved(image, image, denoised, 1), residual=None)
 
@@ -151,7 +147,7 @@ def spdinv(problem: Problem, threshold: float, max_iterations: int) -> Step:
     """Descend on the squared residual of g with AdamW, started from :func:`ddim`."""
     start = ddim(problem)
     model = problem.model
-    scale = _variance_scale(model, problem.high)
+    scale = variance_scale(problem.high, model.parametrisation)
     best = torch.full((len(start.x),), math.inf, device=start.x.device, dtype=start.x.dtype)
     best_x, best_image, best_denoised = start.x.clone(), start.x.clone(), start.denoised.clone()
     finished = torch.zeros_like(best, dtype=torch.bool)
