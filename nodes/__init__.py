@@ -11,6 +11,7 @@ from .clip import LoadCLIP
 from .clip_guidance import CLIPGuidance
 from .drag_points import DragPointsNode
 from .edit_friendly import EditFriendlyInverter
+from .identity_lora import IdentityLora
 from .inversion import DDIMInverter
 from .inversion_files import LoadInversion, SaveInversion
 from .masks import MaskPrecisionBlur
@@ -44,6 +45,7 @@ NODES: list[type[io.ComfyNode]] = [
     RankByCLIP,
     LoadCLIP,
     DragPointsNode,
+    IdentityLora,
     ReferenceKVControl,
 ]
 

@@ -1,0 +1,157 @@
+"""Identity LoRA: a model learns one picture before it is edited."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..retrace.identity_lora import LoraTraining
+from ..retrace.loss_plot import loss_picture, running_mean
+from ._checks import latent_samples
+from ._errors import reports_errors
+from ._memory import PeakMemory
+from ._schema import advanced, schema, seed_input
+
+_RECOMPUTE = {"auto": None, "on": True, "off": False}
+
+
+class IdentityLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "drag",
+            node_id="RetraceIdentityLoRA",
+            display_name="Identity LoRA",
+            description="Trains a small LoRA on the picture that you are about to edit, so that the model keeps what "
+            "it shows (DragDiffusion). Once per picture: edits with other points or words do not train again.",
+            search_aliases=["train lora", "dragdiffusion", "dreambooth", "overfit", "fine-tune"],
+            has_intermediate_output=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Model.Input("model", tooltip="An SD1.x, SD2.x or SDXL model; the one that comes in stays as it is."),
+                io.Conditioning.Input("positive", tooltip="Words that describe the picture as it is."),
+                io.Latent.Input(
+                    "latent", tooltip="The picture, from 'VAE Encode'. A batch: several pictures of the same thing."
+                ),
+                io.Int.Input(
+                    "rank", default=16, min=1, max=256, tooltip="How much the LoRA can hold; 16 in the authors' code."
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=80,
+                    min=1,
+                    max=10000,
+                    tooltip="Beyond 80 DragDiffusion gains no more. Many more stick to the picture and resist edits.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=5e-4,
+                    min=1e-7,
+                    max=0.1,
+                    step=1e-4,
+                    round=1e-7,
+                    tooltip="How far one step goes; 0.0005 in the authors' code.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=4,
+                    min=1,
+                    max=256,
+                    tooltip="Random noise levels that one step learns from. Time grows with it; memory does not.",
+                ),
+                seed_input("Seed of the LoRA's first values, the noise levels and the noise."),
+                io.Int.Input(
+                    "at_once",
+                    default=1,
+                    min=1,
+                    max=256,
+                    tooltip="How many of a step's noise levels go through the model together. More are faster and take "
+                    "more memory; the LoRA is the same.",
+                    **advanced(),
+                ),
+                io.Combo.Input(
+                    "save_memory",
+                    options=list(_RECOMPUTE),
+                    default="auto",
+                    tooltip="on: parts of the model are computed twice, which takes a third longer and a fraction of "
+                    "the memory. auto: when memory runs out.",
+                    **advanced(),
+                ),
+                io.Float.Input(
+                    "weight_decay",
+                    default=1e-2,
+                    min=0.0,
+                    max=0.99,
+                    step=1e-3,
+                    round=1e-6,
+                    tooltip="How strongly AdamW pulls the LoRA to zero.",
+                    **advanced(),
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "patched_model", display_name="MODEL", tooltip="The model with the LoRA, for inversion and edits."
+                ),
+                io.LoraModel.Output(
+                    "lora",
+                    display_name="LORA_MODEL",
+                    tooltip="The LoRA itself, for 'Save LoRA Weights', or 'Load LoRA Model' at another strength.",
+                ),
+                io.LossMap.Output("loss_map", display_name="LOSS_MAP", tooltip="The losses, for 'Plot Loss Graph'."),
+                io.String.Output("report", display_name="report", tooltip="What was learnt, in what time and memory."),
+            ],
+        )
+
+    @classmethod
+    @reports_errors("Identity LoRA")
+    def execute(
+        cls,
+        model: Any,
+        positive: Any,
+        latent: Any,
+        rank: int,
+        steps: int,
+        learning_rate: float,
+        batch_size: int,
+        seed: int,
+        at_once: int = 1,
+        save_memory: str = "auto",
+        weight_decay: float = 1e-2,
+    ) -> io.NodeOutput:
+        from ..retrace.hosts.comfyui import ComfyHost
+        from ..retrace.hosts.comfyui.identity_lora import train_lora
+
+        samples = latent_samples(latent)
+        training = LoraTraining(
+            rank, steps, learning_rate, batch_size, at_once, weight_decay, _RECOMPUTE[save_memory], seed
+        )
+        memory = PeakMemory()
+        show = _progress_text(cls.hidden.unique_id if cls.hidden else None)
+        trained = train_lora(ComfyHost(model), samples, positive, training, show)
+        losses = trained.result.losses
+        report = trained.report(memory.megabytes())
+        shown: dict[str, Any] = ui.PreviewImage(loss_picture(losses), cls=cls).as_dict()
+        return io.NodeOutput(
+            trained.model,
+            trained.lora,
+            {"loss": losses},
+            report,
+            ui={**shown, **ui.PreviewText(report).as_dict()},
+        )
+
+
+def _progress_text(node_id: Any) -> Any:
+    """Shows on the node how the loss goes, while it runs."""
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    losses: list[float] = []
+
+    def show(step: int, total: int, loss: float) -> None:
+        losses.append(loss)
+        if server is not None and node_id is not None:
+            text = f"step {step} of {total}: loss {running_mean(losses)[-1]:.4f} on average"
+            server.send_progress_text(text, node_id)
+
+    return show
