@@ -1,0 +1,154 @@
+"""Dragging between ComfyUI's sockets: what a LATENT holds, scales, the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...drag.edit import DragSettings, conditions, drag_points
+from ...drag.optimise import Dragged
+from ...drag.points import DragPoints
+from ...drag.task import Callback
+from ...errors import RetraceError
+from ...host import Conditioning, Denoiser
+from ...inversion import Method
+from ...schedule import reference_sigmas, truncate
+from ...trajectory import Trajectory
+from .host import ComfyHost
+
+Source = Literal["picture", "noisy"]
+
+
+@dataclass(frozen=True)
+class DragOutcome:
+    """A drag, with the batch ``[2, C, h, w]`` of reference and edit in the scale of a LATENT socket."""
+
+    samples: Tensor
+    dragged: Dragged
+    points: DragPoints
+    steps: int
+
+    def path(self) -> list[list[tuple[float, float]]]:
+        """For every point where it was found, from the handle on, as (x, y) in shares of the picture."""
+        high, wide = self.dragged.grid
+        places = self.dragged.path.movedim(1, 0).tolist()
+        return [[(column / wide, row / high) for row, column in point] for point in places]
+
+    def path_text(self) -> str:
+        """:meth:`path` as JSON, beside what was asked for."""
+        entries = [
+            {
+                "handle": [round(v, 5) for v in pair.handle],
+                "target": [round(v, 5) for v in pair.target],
+                "path": [[round(x, 5), round(y, 5)] for x, y in way],
+            }
+            for pair, way in zip(self.points.pairs, self.path(), strict=True)
+        ]
+        return json.dumps({"points": entries})
+
+    def report(self, settings: DragSettings, mask: Tensor | None, peak_megabytes: int | None = None) -> str:
+        """How far every point came and what it cost, in lines of text."""
+        dragged = self.dragged
+        pixel = self.points.size[1] / dragged.grid[1]
+        count = len(self.points.pairs)
+        left = len(dragged.sigmas) - 1
+        lines = [
+            f"{settings.mode}, {dragged.changes} changes, {left} of {self.steps} steps left to sample",
+            f"{dragged.arrived} of {count} point(s) arrived",
+        ]
+        shown = [f"{i}: {float(d) * pixel:.0f}" for i, d in enumerate(dragged.distances, 1)]
+        lines.append("pixels to the target  " + "  ".join(shown[:12]) + (" ..." if count > 12 else ""))
+        outside = [
+            i for i, pair in enumerate(self.points.pairs, 1) if mask is not None and not _within(mask, pair.handle)
+        ]
+        if outside:
+            lines.append(f"outside the mask, where nothing may change: {', '.join(map(str, outside))}")
+        lines.append(
+            f"{dragged.evaluations} network evaluations, {dragged.backwards} backward passes, {dragged.seconds:.1f} s"
+        )
+        if peak_megabytes is not None:
+            lines.append(f"peak memory {peak_megabytes} MB")
+        return "\n".join(lines)
+
+
+def drag_latent(
+    host: ComfyHost,
+    samples: Tensor | None,
+    positive: Any,
+    points: DragPoints,
+    mask: Tensor | None,
+    sigmas: Tensor,
+    strength: float,
+    settings: DragSettings,
+    *,
+    source: Source = "picture",
+    trajectory: Trajectory | None = None,
+    negative: Any = None,
+    cfg: float = 1.0,
+    inversion: Method = "fixed_point",
+    callback: Callback | None = None,
+) -> DragOutcome:
+    """Drag the picture in ``samples`` of a LATENT, or that of ``trajectory``.
+
+    ``sigmas`` are those of the whole way; ``strength`` says from where on. ``source`` "noisy": ``samples`` are at that
+    level already, as 'KSampler (Advanced)' gives them with leftover noise. ``settings.parity`` takes the reference's
+    noise levels and its inversion.
+
+    Raises:
+        RetraceError: neither a latent nor a trajectory, guidance without a negative, and what the library raises.
+    """
+    if cfg > 1 and negative is None:
+        raise RetraceError(
+            f"cfg is {cfg:g}, but there is no negative to guide away from. Connect one, or set cfg to 1 (the usual for "
+            "photographs)."
+        )
+    if settings.parity:
+        steps = len(sigmas) - 1
+        sigmas, inversion = reference_sigmas("leading_1", host.training_sigmas(), steps, parity=True), "ddim"
+    if trajectory is not None:
+        trajectory.require_kind(host.parametrisation, host.latent_format)
+        sigmas = trajectory.sigmas
+    steps, sigmas = len(sigmas) - 1, truncate(sigmas, strength)
+    if trajectory is not None:
+        latent = trajectory.at(float(sigmas[0]))
+    elif samples is not None:
+        latent = host.to_model_scale(samples.float())
+        if source == "noisy" and host.parametrisation == "flow":
+            latent = latent * (1 - float(sigmas[0]))  # what core divided by when its sampler stopped here
+    else:
+        raise RetraceError("there is nothing to drag. Connect a LATENT from 'VAE Encode', or a trajectory.")
+    already_noisy = trajectory is not None or source == "noisy"
+
+    def method(denoiser: Denoiser, x: Tensor, conds: Mapping[str, Conditioning]) -> Dragged:
+        cond, uncond = conditions(conds, cfg)
+        return drag_points(
+            denoiser,
+            x,
+            sigmas,
+            cond,
+            points,
+            mask,
+            settings,
+            uncond=uncond,
+            scale=cfg,
+            inversion=None if already_noisy else inversion,
+            callback=callback,
+        )
+
+    conds = {"positive": positive} if negative is None else {"positive": positive, "negative": negative}
+    dragged: Dragged = host.run(latent, conds, method, gradients=True)
+    both = torch.cat([dragged.reference, dragged.edited])
+    if host.parametrisation == "flow":
+        both = both / (1 - float(dragged.sigmas[0]))
+    return DragOutcome(host.from_model_scale(both), dragged, points, steps)
+
+
+def _within(mask: Tensor, place: tuple[float, float]) -> bool:
+    row = min(int(place[1] * mask.shape[1]), mask.shape[1] - 1)
+    column = min(int(place[0] * mask.shape[2]), mask.shape[2] - 1)
+    return bool(mask[0, row, column] > 0)

@@ -1,0 +1,255 @@
+"""The drag loops on a network whose features are the latent itself: a blob is dragged, and every look is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from retrace.drag.edit import DragSettings, drag_points, movable
+from retrace.drag.gooddrag import GoodDragOptions
+from retrace.drag.optimise import Dragged, DragOptions
+from retrace.drag.points import DragPoints, InvalidPoints, PointPair
+from retrace.drag.task import Changes, DragTask
+from retrace.errors import InvalidImage, InvalidSchedule, RetraceError, UnsupportedModel
+from retrace.host import Parametrisation
+
+SIGMAS = torch.tensor([4.0, 3.0, 2.5, 2.0, 1.5, 1.0, 0.7, 0.4, 0.2, 0.0])
+
+
+@dataclass
+class Mirror:
+    """A Denoiser whose clean estimate is the latent, and whose features are the latent blurred."""
+
+    parametrisation: Parametrisation = "eps"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    evaluations: int = 0
+    cut: int = 0
+    blocks: tuple[str, ...] = ("mid.0", "up.0", "up.1")
+    factor: float = 1.0
+    reports: list[tuple[int, int, bool]] = field(default_factory=list)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+    def _features(self, x: Tensor, cond: float) -> Tensor:
+        return F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1) * cond * self.factor
+
+    def denoised_each(self, x: Tensor, sigma: Any, conds: Sequence[float]) -> list[Tensor]:
+        self.evaluations += len(conds)
+        maps = torch.cat([self._features(x, cond) for cond in conds])
+        self.kept.update({name: maps for name in self.kept})
+        return [x * cond for cond in conds]
+
+    def denoised(self, x: Tensor, sigma: Any, cond: float) -> Tensor:
+        return self.denoised_each(x, sigma, [cond])[0]
+
+    def features_of(self, x: Tensor, sigma: Any, cond: float, block: str) -> Tensor:
+        self.evaluations += 1
+        self.cut += 1
+        return self._features(x, cond)
+
+    @contextmanager
+    def features(self, blocks: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        self.kept = {name: torch.empty(0) for name in blocks}
+        yield self.kept
+        self.kept = {}
+
+    @contextmanager
+    def differentiable(self) -> Iterator[None]:
+        with torch.enable_grad():
+            yield
+
+    def progress(self, step: int, total: int, denoised: Tensor | None = None) -> None:
+        self.reports.append((step, total, denoised is not None))
+
+
+def blob(row: float, column: float, size: int = 16) -> Tensor:
+    """A hill on a flat ground in one channel, and its slopes in two more: features that tell places apart."""
+    r, c = torch.meshgrid(torch.arange(size) - float(row), torch.arange(size) - float(column), indexing="ij")
+    hill = torch.exp(-(r**2 + c**2) / 8)
+    return torch.stack((hill, hill * r, hill * c, torch.zeros_like(hill)))[None]
+
+
+def points(*pairs: tuple[tuple[float, float], tuple[float, float]], size: int = 128) -> DragPoints:
+    return DragPoints(tuple(PointPair(*pair) for pair in pairs), torch.zeros(1, size, size, 3))
+
+
+RIGHT = points(((0.35, 0.5), (0.6, 0.5)))
+
+
+def run(model: Mirror, where: DragPoints = RIGHT, mask: Tensor | None = None, **settings: Any) -> Dragged:
+    x = blob(8, 5.5) * 17**0.5  # of unit variance, it is blob(...) itself
+    return drag_points(model, x, SIGMAS, 1.0, where, mask, DragSettings(**settings), inversion=None)  # type: ignore[arg-type]
+
+
+def test_a_point_arrives() -> None:
+    made = run(Mirror(), learning_rate=0.03, changes=100)
+    assert made.arrived == 1 and made.changes < 100
+    assert made.path[0].tolist() == [[32.0, 22.0]]  # half of 64, and 0.35 of it rounded
+    columns = made.path[:, 0, 1]
+    assert (columns.diff() >= -3).all() and columns[-1] - columns[0] > 12  # of the 16 it was asked to go
+
+
+def test_every_change_is_one_look_and_one_backward_pass() -> None:
+    model = Mirror()
+    made = run(model, changes=5)
+    assert (made.changes, made.evaluations, made.backwards, len(made.losses)) == (5, 6, 5, 5)
+    assert len(made.path) == 6  # one look more tells where the last change led
+    assert model.reports == [(i, 5, True) for i in range(1, 6)]
+    exact = run(Mirror(), changes=5, parity=True)
+    assert (exact.evaluations, len(exact.path)) == (5, 5)
+    assert torch.equal(exact.edited, made.edited)
+
+
+def test_a_hard_mask_cuts_the_network_and_leaves_the_outside_bit_identical() -> None:
+    model, mask = Mirror(), torch.zeros(1, 128, 128)
+    mask[:, 40:90, 30:100] = 1
+    made = run(model, mask=mask, hard_mask=True, changes=6)
+    outside = (movable(mask, 16, 16) == 0).expand(1, 4, 16, 16)
+    assert torch.equal(made.edited[outside], made.reference[outside])
+    assert not torch.equal(made.edited, made.reference)
+    assert (model.cut, made.evaluations) == (7, 8)  # the whole network runs once, for the preview
+    assert all(shown for _, _, shown in model.reports)
+
+
+def test_a_soft_mask_holds_the_outside() -> None:
+    mask = torch.zeros(1, 128, 128)
+    mask[:, :, :44] = 1  # the point itself; where it goes is outside
+    outside = (movable(mask, 16, 16) == 0).expand(1, 4, 16, 16)
+    left = [
+        float((made.edited - made.reference)[outside].abs().sum())
+        for made in (run(Mirror(), mask=mask, mask_weight=w, changes=30) for w in (0.0, 1.0))
+    ]
+    assert left[1] < 0.5 * left[0]
+
+
+def test_points_already_there_change_nothing() -> None:
+    made = run(Mirror(), points(((0.5, 0.5), (0.51, 0.5))))
+    assert (made.changes, made.arrived) == (0, 1)
+    assert torch.equal(made.edited, made.reference)
+
+
+@pytest.mark.parametrize("mode", ["dragdiffusion", "gooddrag"])
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [((0.0, 0.0), (0.5, 0.5))],
+        [((1.0, 1.0), (0.0, 0.0))],
+        [((0.5, 1.0), (0.5, 0.0)), ((0.0, 0.5), (1.0, 0.5))],
+        [((0.3, 0.3), (0.6, 0.6)), ((0.3, 0.3), (0.6, 0.3))],
+        [((i / 29, 0.2), (i / 29, 0.8)) for i in range(30)],
+    ],
+    ids=["corner", "corner to corner", "borders", "on top of each other", "thirty"],
+)
+def test_points_anywhere_work(mode: str, pairs: Any) -> None:
+    made = run(Mirror(), points(*pairs), mode=mode, changes=21)
+    assert torch.isfinite(made.edited).all() and made.path.shape[1:] == (len(pairs), 2)
+    assert (made.path >= 0).all() and (made.path <= 63).all()
+
+
+def test_one_pixel_of_a_mask_frees_its_cell() -> None:
+    mask = torch.zeros(1, 128, 128)
+    mask[0, 65, 47] = 1
+    assert movable(mask, 16, 16).nonzero().tolist() == [[0, 0, 8, 5]]
+    assert not movable(mask, 16, 16, parity=True).any()  # as in the reference, it gets lost
+    assert torch.isfinite(run(Mirror(), mask=mask, hard_mask=True, changes=3).edited).all()
+
+
+def test_pictures_of_other_proportions_are_refused_and_other_sizes_are_not() -> None:
+    wide = DragPoints(RIGHT.pairs, torch.zeros(1, 100, 200, 3))
+    with pytest.raises(InvalidImage, match="proportions"):
+        run(Mirror(), wide)
+    with pytest.raises(InvalidImage, match="proportions"):
+        run(Mirror(), mask=torch.ones(1, 64, 128))
+    assert run(Mirror(), DragPoints(RIGHT.pairs, torch.zeros(1, 515, 515, 3)), changes=1).changes == 1
+
+
+def test_what_cannot_be_dragged_is_said() -> None:
+    with pytest.raises(InvalidPoints, match="at least one"):
+        run(Mirror(), points())
+    with pytest.raises(UnsupportedModel, match="UNet"):
+        run(Mirror(blocks=()))
+    with pytest.raises(RetraceError, match=r"up\.7.*mid\.0, up\.0, up\.1"):
+        run(Mirror(), block="up.7")
+    with pytest.raises(RetraceError, match="swirl"):
+        run(Mirror(), mode="swirl")  # type: ignore[arg-type]
+    with pytest.raises(InvalidSchedule, match="7 noise levels"):
+        drag_points(Mirror(), blob(8, 5), SIGMAS[:6], 1.0, RIGHT, None, DragSettings(mode="gooddrag"), inversion=None)  # type: ignore[arg-type]
+    with pytest.raises(InvalidImage, match="batch of 2"):
+        drag_points(Mirror(), blob(8, 5).repeat(2, 1, 1, 1), SIGMAS, 1.0, RIGHT, None, DragSettings(), inversion=None)  # type: ignore[arg-type]
+
+
+def test_gooddrag_drags_and_denoises_in_turns() -> None:
+    model = Mirror()
+    made = run(model, mode="gooddrag", changes=21, learning_rate=1e-6)
+    # One round of three changes at each of seven levels.
+    assert made.changes == made.backwards == 21
+    assert made.sigmas.tolist() == SIGMAS[7:].tolist()
+    assert made.evaluations == 21 + 7 + 7  # the changes, the untouched picture, the steps down
+    # The clean estimate of this model is the latent, so a step down leaves it as it is.
+    torch.testing.assert_close(made.reference, blob(8, 5.5) * 17**0.5)
+
+
+def test_gooddrag_gives_up_when_no_point_moves() -> None:
+    made = run(Mirror(), mode="gooddrag", learning_rate=1e-6)
+    # Ten rounds of three, all at the first level; at the second one it only looks.
+    assert made.changes == 30 and len(made.sigmas) == len(SIGMAS) - 2
+
+
+def test_gooddrag_moves_a_blob() -> None:
+    made = run(Mirror(), mode="gooddrag", learning_rate=0.03)
+    columns = torch.arange(16.0)
+    centre = [float((F.relu(x[0, 0]) * columns).sum() / F.relu(x[0, 0]).sum()) for x in (made.reference, made.edited)]
+    assert centre[1] - centre[0] > 1.5
+
+
+def test_guidance_weights_the_features_of_both_conditions() -> None:
+    model = Mirror()
+    task = DragTask(
+        model,  # type: ignore[arg-type]
+        2.0,  # type: ignore[arg-type]
+        torch.tensor([[8.0, 8.0]]),
+        torch.tensor([[8.0, 12.0]]),
+        (16, 16),
+        "up.0",
+        torch.ones(1, 1, 16, 16),
+        uncond=1.0,  # type: ignore[arg-type]
+        scale=7.5,
+    )
+    x = blob(8, 5.5)
+    look = task.look(x, 0.0, 0.0)
+    share = 7.5 / 14
+    at = look.features.at(torch.tensor([[8.0, 8.0]]))[0]
+    plain = model._features(x, 1.0)[0, :, 8, 8]
+    torch.testing.assert_close(at, torch.cat([(1 - share) * plain, share * 2 * plain]))
+    assert look.denoised is not None
+    torch.testing.assert_close(look.denoised, x + 7.5 * (2 * x - x))
+    cut = DragTask(**{**task.__dict__, "hard": True}).look(x, 0.0, 0.0)
+    torch.testing.assert_close(cut.features.at(torch.tensor([[8.0, 8.0]]))[0], at)
+
+
+def test_a_gradient_that_overflows_is_left_out_and_one_that_keeps_doing_so_is_an_error() -> None:
+    task = DragTask(Mirror(), 1.0, torch.zeros(1, 2), torch.zeros(1, 2), (8, 8), "up.0", torch.ones(1, 1, 8, 8))  # type: ignore[arg-type]
+    changes = Changes(task, torch.zeros(1, 1, 8, 8), 0.1)
+    changes.apply((changes.z.half() * 100).sum().float())  # overflows in half precision, at the next scale not
+    assert torch.equal(changes.z.detach(), changes.held)
+    changes.apply((changes.z.half() * 100).sum().float())
+    assert not torch.equal(changes.z.detach(), changes.held)
+    with pytest.raises(RetraceError, match="NaN or infinite"):
+        for _ in range(8):
+            changes.apply(changes.z.sum() * torch.inf)
+
+
+def test_settings_become_options_of_their_mode() -> None:
+    assert DragSettings().options() == DragOptions()
+    assert DragSettings(mode="gooddrag").options() == GoodDragOptions()
+    given = DragSettings(mode="gooddrag", changes=63, learning_rate=0.5, search_radius=5).options()
+    assert given == GoodDragOptions(rounds=3, learning_rate=0.5, search_radius=5)
+    assert DragSettings(changes=7, patch_radius=0, mask_weight=0.0).options() == DragOptions(
+        changes=7, patch_radius=0, mask_weight=0.0
+    )
