@@ -39,8 +39,9 @@ class DragPointsNode(io.ComfyNode):
                     "points",
                     default="",
                     multiline=True,
+                    placeholder=EXAMPLE,
                     tooltip="The points and brush strokes as JSON, in shares of the picture's width and height. The "
-                    f"picture in the node writes this text. Example: {EXAMPLE}",
+                    "picture in the node writes this text.",
                 ),
                 io.Mask.Input(
                     "mask",

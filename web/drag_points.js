@@ -36,7 +36,7 @@ class Picker {
       serialize: false,
     })
     this.widget.serialize = false // the text is the value; this only shows it
-    this.shareSlot()
+    this.makeRoom()
     this.showText(false)
     const { callback } = text
     text.callback = (...given) => {
@@ -50,9 +50,11 @@ class Picker {
     node.setSize([Math.max(node.size[0], SIZE[0]), Math.max(node.size[1], SIZE[1])])
   }
 
-  /** The text's input slot stands beside the picture while the text itself is hidden. */
-  shareSlot() {
+  /** While the text is hidden it takes no room, and its input slot stands beside the picture. */
+  makeRoom() {
     const { text, widget } = this
+    const layout = text.computeLayoutSize
+    text.computeLayoutSize = (node) => (text.hidden ? { minHeight: 0, maxHeight: 0, minWidth: 0 } : layout.call(text, node))
     let y = text.y
     Object.defineProperty(text, "y", {
       configurable: true,
@@ -89,7 +91,7 @@ class Picker {
     const mask = sourceOf(node, "mask", root)
     const masked = mask?.slot === 1 && mask.node.comfyClass === "LoadImage" ? loadedFile(mask) : null
     this.show(file, masked, source)
-    editor.redrawAfterZoom()
+    editor.stage.redrawAfterZoom()
   }
 
   /** What an earlier run showed: the frontend keeps it when the workflow is left and opened again. */

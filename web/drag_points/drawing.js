@@ -95,6 +95,11 @@ export class Drawing {
     this.#commit()
   }
 
+  /** Forget a drag that has not ended. */
+  revert() {
+    this.#show(this.text)
+  }
+
   /** Move the selected point by that much, in shares of the picture. */
   push(dx, dy) {
     const { index, end } = this.selected
