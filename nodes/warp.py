@@ -1,0 +1,109 @@
+"""Warp and Inpaint: points move the masked region geometrically, and a mask says what is left to paint."""
+
+from __future__ import annotations
+
+from typing import Any, cast, get_args
+
+import torch
+from comfy_api.latest import io, ui
+
+from ..retrace.drag.deformation import Mode
+from ..retrace.drag.points import DragPoints, InvalidPoints
+from ..retrace.drag.warp import warp_by_points
+from ..retrace.validation import describe
+from ._errors import reports_errors
+from ._schema import Points, schema
+
+
+class WarpAndInpaint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "drag",
+            node_id="RetraceWarpAndInpaint",
+            display_name="Warp and Inpaint",
+            description="Moves, turns or bends the masked part of a picture so that every point comes to lie on its "
+            "target, and gives the mask of what any inpainting graph then has to paint. No model, a fraction of a "
+            "second (Inpaint4Drag).",
+            search_aliases=["inpaint4drag", "drag", "liquify", "move object", "puppet warp", "mls", "deform"],
+            has_intermediate_output=True,
+            inputs=[
+                Points.Input("points", tooltip="Points and their targets, from 'Drag Points'."),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="What moves (1 = moves): paint over the object with a few pixels around it. Separate parts "
+                    "move on their own, each with the points on it. Without a mask the whole picture is deformed.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=list(get_args(Mode)),
+                    default="rigid",
+                    tooltip="What several points do. rigid: move and turn, the shape is kept as far as they allow. "
+                    "scale: also enlarge and shrink. stretch: pull it like rubber. One point moves in all of them.",
+                ),
+                io.Int.Input(
+                    "grow",
+                    default=5,
+                    min=0,
+                    max=512,
+                    tooltip="Widens the hole by this many pixels, for the soft outline and the shadow that the object "
+                    "leaves behind. 5 suits 512 pixels, 10 suits 1024.",
+                ),
+                io.Int.Input(
+                    "border",
+                    default=2,
+                    min=0,
+                    max=512,
+                    tooltip="Paints so many pixels to both sides of the object's new outline anew, so that it fits in. "
+                    "Where the outline did not move it is kept.",
+                ),
+                io.Float.Input(
+                    "feather",
+                    default=0.0,
+                    min=0.0,
+                    max=256.0,
+                    step=0.5,
+                    tooltip="The mask fades out over so many pixels outside of that. 0: a hard edge.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(
+                    "image",
+                    display_name="image",
+                    tooltip="The picture with the object moved; the hole is filled smoothly from its surroundings.",
+                ),
+                io.Mask.Output(
+                    "inpaint_mask",
+                    display_name="inpaint mask",
+                    tooltip="What has to be painted (1 = paint): where the object was, and along its new outline.",
+                ),
+                io.Mask.Output(
+                    "moved_mask", display_name="moved mask", tooltip="The mask where it has moved to: the object now."
+                ),
+                io.String.Output("report", display_name="report", tooltip="What moved, and how much is to be painted."),
+            ],
+        )
+
+    @classmethod
+    @reports_errors("Warp and Inpaint")
+    def execute(
+        cls,
+        points: Any,
+        mode: str,
+        grow: int,
+        border: int,
+        feather: float,
+        mask: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        if not isinstance(points, DragPoints):
+            raise InvalidPoints(f"points: got {describe(points)}, but points are needed. Connect a 'Drag Points'.")
+        result = warp_by_points(points, mask, cast(Mode, mode), grow, border, feather)
+        shown: dict[str, Any] = ui.PreviewImage(result.image, cls=cls).as_dict()
+        return io.NodeOutput(
+            result.image,
+            result.inpaint,
+            result.moved,
+            result.report,
+            ui={**shown, **ui.PreviewText(result.report).as_dict()},
+        )
