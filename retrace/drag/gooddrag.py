@@ -24,7 +24,7 @@ from .task import Changes, DragTask, Look, check_single
 class GoodDragOptions:
     """The defaults are those of the authors' interface. Radii and strides are in cells of the grid."""
 
-    levels: int = 7  # at how many noise levels it drags, counted from the first
+    levels: int = 7  # at how many noise levels it drags, counted from the first; a step stays undragged
     rounds: int = 10  # how often the points are found again at each of them
     changes: int = 3  # per round
     learning_rate: float = 0.02
@@ -61,28 +61,29 @@ def good_drag(task: DragTask, x: Tensor, sigmas: Tensor, options: GoodDragOption
 
     Raises:
         InvalidImage: a batch.
-        InvalidSchedule: no more levels than it drags at.
+        InvalidSchedule: a single step.
         RetraceError: NaN from the model.
     """
     check_single(x)
-    if options.levels >= len(sigmas) - 1:
+    most = min(options.levels, len(sigmas) - 2)
+    if most < 1:
         raise InvalidSchedule(
-            f"GoodDrag: it drags at {options.levels} noise levels, but only {len(sigmas) - 1} steps are left to "
-            "sample. Raise steps or strength, or drag at fewer levels."
+            f"GoodDrag: it drags and denoises in turns, but only {len(sigmas) - 1} step is left to sample. Raise "
+            "steps or strength."
         )
     started, before = time.perf_counter(), task.model.evaluations
     x = x.to(task.model.device, torch.float32)
     levels = [float(s) for s in sigmas.tolist()]
     untouched = _Untouched(task, x, levels)
     z, handles = task.unit(x, levels[0]), task.handles
-    total = options.levels * options.rounds * options.changes
+    total = most * options.rounds * options.changes
     turns = _Turns(task, options, total)
     level = 0
-    while level < options.levels and not turns.finished:
+    while level < most and not turns.finished:
         z, handles = turns.at_level(z, handles, untouched.look(level), levels[level], levels[level + 1], level)
         z = _denoised_step(task, z, levels[level], levels[level + 1])
         level += 1
-        require_finite(z, level, options.levels, levels[level])
+        require_finite(z, level, most, levels[level])
     return Dragged(
         reference=untouched.latent(level),
         edited=task.noisy(z, levels[level]),

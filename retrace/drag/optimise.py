@@ -109,7 +109,7 @@ def drag(task: DragTask, x: Tensor, sigmas: Tensor, options: DragOptions) -> Dra
         task.note(handles)
     return Dragged(
         reference=x,
-        edited=task.noisy(z, sigma) if done else x,
+        edited=x + task.noisy(z - changes.held, sigma),  # where nothing changed, that is x to the bit
         sigmas=sigmas,
         path=torch.stack(task.path),
         distances=(task.targets - handles).norm(dim=1),
