@@ -32,7 +32,12 @@ def patch_reference_kv(
         UnsupportedModel: a network whose attention is reached in neither way.
     """
     network = model.model.diffusion_model
-    layers = len(_layers(network))
+    if not joint_blocks(network) and getattr(network, "input_blocks", None) is None:
+        raise UnsupportedModel(
+            f"The connected model is '{type(model.model).__name__}', whose self-attention cannot be reached safely. "
+            "Connect an SD1.x, SD2.x, SDXL, Flux, Chroma, SD3 or Qwen-Image model."
+        )
+    layers = len(joint_blocks(network) or _unet_blocks(network))
     if first_layer is None:
         first_layer = first_layer_of(network)
     if not 0 <= first_layer < layers:
@@ -58,19 +63,11 @@ def first_layer_of(network: Any) -> int:
     the second what they look like.
     """
     joint = joint_blocks(network)
-    return len(joint) // 2 if joint else default_first_layer(_layers(network))
+    return len(joint) // 2 if joint else default_first_layer(_unet_blocks(network))
 
 
-def _layers(network: Any) -> list[str]:
-    """A name for every block that has self-attention over the picture, in the order they run."""
-    joint = joint_blocks(network)
-    if joint:
-        return [f"{name}.{number}" for name, number in joint]
-    if getattr(network, "input_blocks", None) is None:
-        raise UnsupportedModel(
-            f"The connected model is a '{type(network).__name__}', whose self-attention cannot be reached safely. "
-            "Connect an SD1.x, SD2.x, SDXL, Flux, Chroma, SD3 or Qwen-Image model."
-        )
+def _unet_blocks(network: Any) -> list[str]:
+    """The block of every transformer block of a UNet, in the order they run."""
     return [layer.block for layer in attention_layers(network) if layer.patch == "attn1"]
 
 
