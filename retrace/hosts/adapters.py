@@ -30,11 +30,20 @@ def adapted(layers: Mapping[str, nn.Module], adapters: Mapping[str, LowRank], de
     handles = []
     try:
         for name, adapter in adapters.items():
-            handles.append(layers[name].register_forward_hook(_hook(adapter.down.to(device), adapter.up.to(device))))
+            down, up = _ordinary(adapter.down, device), _ordinary(adapter.up, device)
+            handles.append(layers[name].register_forward_hook(_hook(down, up)))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _ordinary(tensor: Tensor, device: torch.device) -> Tensor:
+    """On ``device``; a copy of an inference tensor, which autograd could not keep."""
+    if not tensor.is_inference():
+        return tensor.to(device)
+    with torch.inference_mode(False):
+        return tensor.to(device, copy=True)
 
 
 def _hook(down: Tensor, up: Tensor) -> Any:
