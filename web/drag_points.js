@@ -4,7 +4,7 @@
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import { Editor } from "./drag_points/editor.js"
-import { loadedFile, sourceOf, viewQuery } from "./drag_points/upstream.js"
+import { isLinked, loadedFile, sourceOf, textOf, viewQuery } from "./drag_points/upstream.js"
 
 const NODE = "RetraceDragPoints"
 const RESULT = "retrace_picture" // nodes/drag_points.py
@@ -12,6 +12,8 @@ const LOOK_MS = 400
 const SIZE = [400, 500]
 
 const pickers = new Set()
+const rootGraph = () => app.rootGraph ?? app.graph.rootGraph ?? app.graph
+const placeOf = (source) => source && `${source.node?.id} ${source.slot}`
 
 class Picker {
   executed = null // the file that the last run showed, with the source that it came from
@@ -41,7 +43,7 @@ class Picker {
     const { callback } = text
     text.callback = (...given) => {
       callback?.apply(text, given)
-      this.editor.setText(text.value)
+      this.look()
     }
     this.editor.element.addEventListener("wheel", forwardWheel, { passive: false })
     for (const name of ["pointerdown", "pointermove", "pointerup"])
@@ -80,17 +82,15 @@ class Picker {
   look() {
     const { node, editor } = this
     if (!node.graph || !editor.element.isConnected) return
-    editor.setText(this.text.value ?? "")
-    editor.setLocked(node.inputs.some((input) => input.widget?.name === "points" && input.link != null))
-    const root = app.rootGraph ?? app.graph.rootGraph ?? app.graph
+    const root = rootGraph()
+    editor.setLocked(isLinked(node, "points"))
+    editor.setText(textOf(node, "points", root) ?? "")
     const source = sourceOf(node, "image", root)
-    const loaded = loadedFile(source)
-    const from = source && `${source.node.id} ${source.slot}`
+    const from = placeOf(source)
     this.restore(from)
-    const file = loaded ?? (this.executed?.from === from ? this.executed.file : null)
+    const file = loadedFile(source, root) ?? (this.executed?.from === from ? this.executed.file : null)
     const mask = sourceOf(node, "mask", root)
-    const masked = mask?.slot === 1 && mask.node.comfyClass === "LoadImage" ? loadedFile(mask) : null
-    this.show(file, masked, source)
+    this.show(file, mask?.slot === 1 ? loadedFile(mask, root) : null, source)
     editor.stage.redrawAfterZoom()
   }
 
@@ -108,8 +108,7 @@ class Picker {
   take(output) {
     const file = output?.[RESULT]?.[0]
     if (!file) return
-    const source = sourceOf(this.node, "image", app.rootGraph ?? app.graph.rootGraph ?? app.graph)
-    this.executed = { file, from: source && `${source.node.id} ${source.slot}` }
+    this.executed = { file, from: placeOf(sourceOf(this.node, "image", rootGraph())) }
     this.look()
   }
 

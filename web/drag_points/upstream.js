@@ -1,11 +1,13 @@
-// Which picture arrives at an input of a node, as far as the graph alone can say: followed back through reroutes,
-// bypassed nodes and the borders of subgraphs to a Load Image.
+// What arrives at an input of a node, as far as the graph alone can say: followed back through reroutes, bypassed nodes
+// and the borders of subgraphs to a Load Image, or to a text that someone typed.
 
 const SUBGRAPH_INPUT = "-10" // stands for the inputs of a subgraph in its links
 const BYPASSED = 4
 const LOADERS = new Set(["LoadImage", "LoadImageOutput"])
 
 const findLink = (graph, id) => (id == null ? null : (graph.links?.get?.(id) ?? graph.links?.[id] ?? null))
+
+const widgetValue = (node, name) => node.widgets?.find((widget) => widget.name === name)?.value
 
 /** The node that a subgraph stands as in the graph around it. */
 function hostOf(root, subgraph) {
@@ -14,7 +16,7 @@ function hostOf(root, subgraph) {
   return null
 }
 
-/** `{node, slot}` of the output that arrives at the input called `name`, or null. */
+/** What arrives at the input called `name`: `{node, slot}` of an output, `{value}` of a promoted widget, or null. */
 export function sourceOf(node, name, root) {
   let graph = node.graph
   let id = node.inputs?.find((input) => input.name === name)?.link
@@ -23,7 +25,9 @@ export function sourceOf(node, name, root) {
     if (!link) return null
     if (String(link.origin_id) === SUBGRAPH_INPUT) {
       const host = hostOf(root, graph)
-      id = host?.inputs?.[link.origin_slot]?.link
+      const input = host?.inputs?.[link.origin_slot]
+      if (input?.widget && input.link == null) return { value: widgetValue(host, input.name) }
+      id = input?.link
       graph = host?.graph
       continue
     }
@@ -46,12 +50,21 @@ function passedInput(node, slot) {
   return fitting(node.inputs[slot]) ? node.inputs[slot] : node.inputs.find(fitting)
 }
 
+export const isLinked = (node, name) => node.inputs?.some((input) => input.name === name && input.link != null)
+
+/** The value of a widget, also where it was handed to the subgraph around it; null when nobody can know it yet. */
+export function textOf(node, name, root) {
+  if (!isLinked(node, name)) return widgetValue(node, name) ?? null
+  const source = sourceOf(node, name, root)
+  const typed = source?.node?.comfyClass?.startsWith("PrimitiveString")
+  return (typed ? widgetValue(source.node, "value") : source?.value) ?? null
+}
+
 /** The file that a Load Image shows: `{filename, subfolder, type}`, or null for any other source. */
-export function loadedFile(source) {
-  if (!source || !LOADERS.has(source.node.comfyClass)) return null
-  const isFed = source.node.inputs?.some((input) => input.widget?.name === "image" && input.link != null)
-  const value = source.node.widgets?.find((widget) => widget.name === "image")?.value
-  if (isFed || typeof value !== "string" || !value) return null
+export function loadedFile(source, root) {
+  if (!LOADERS.has(source?.node?.comfyClass)) return null
+  const value = textOf(source.node, "image", root)
+  if (typeof value !== "string" || !value) return null
   const [, path, type = "input"] = value.match(/^(.*?)(?: \[(input|output|temp)\])?$/s)
   const cut = path.replaceAll("\\", "/").lastIndexOf("/")
   return { filename: path.slice(cut + 1), subfolder: path.slice(0, Math.max(0, cut)), type }

@@ -1,0 +1,388 @@
+"""Drag Points as a person uses it: place, move, undo, paint, reload, copy, run; in both renderers of the frontend."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from retrace.drag.points import InvalidPoints, movable_area, parse_points
+from retrace.hosts.comfyui_server import ComfyServer
+
+WIDTH, HEIGHT, BAR = 320, 200, 32
+PLACES = {"mask": (0.03, 0.5), "brush": (0.47, 0.5), "eraser": (0.6, 0.5), "nothing": (0.47, 0.05)}
+PHOTO = "drag photo.png"
+BUILD = """async (photo) => {
+  app.graph.clear()
+  const add = (type, x, y) => {
+    const node = LiteGraph.createNode(type)
+    node.pos = [x, y]
+    app.graph.add(node)
+    return node
+  }
+  const load = add('LoadImage', 40, 120), drag = add('RetraceDragPoints', 400, 100)
+  const image = add('MaskToImage', 860, 100), show = add('PreviewImage', 1100, 100)
+  load.widgets.find(w => w.name === 'image').value = photo
+  drag.widgets.find(w => w.name === 'points').value = '' // the frontend remembers values by the number of a node
+  load.connect(0, drag, 0)
+  load.connect(1, drag, 1)
+  drag.connect(1, image, 0)
+  image.connect(0, show, 0)
+  app.canvas.ds.scale = 1
+  app.canvas.ds.offset = [0, 0]
+  app.canvas.setDirty(true, true)
+}"""
+NODES = "app.canvas.graph._nodes.filter(n => n.type === 'RetraceDragPoints')"
+READY = "!!window.app?.graph && !!window.LiteGraph?.registered_node_types['RetraceDragPoints']"
+
+
+class Person:
+    """Someone with a mouse and a keyboard before the node."""
+
+    def __init__(self, page: Any, which: int = 0) -> None:
+        self.page, self.which = page, which
+        self.canvas = page.locator(".retrace-drag canvas").nth(which)
+        self.status = page.locator(".retrace-drag-status").nth(which)
+
+    @property
+    def text(self) -> str:
+        return str(self.page.evaluate(f"{NODES}[{self.which}].widgets.find(w => w.name === 'points').value"))
+
+    @property
+    def value(self) -> Any:
+        return json.loads(self.text) if self.text else {"points": []}
+
+    def set_text(self, text: str) -> None:
+        script = f"text => {{ {NODES}[{self.which}].widgets.find(w => w.name === 'points').value = text }}"
+        self.page.evaluate(script, text)
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Where a place of the picture is on the screen: it lies in the middle, as large as it fits."""
+        box = self.canvas.bounding_box()
+        scale = min((box["width"] - 4) / WIDTH, (box["height"] - 4) / HEIGHT)
+        left = box["x"] + (box["width"] - WIDTH * scale) / 2
+        top = box["y"] + (box["height"] - HEIGHT * scale) / 2
+        return left + x * WIDTH * scale, top + y * HEIGHT * scale
+
+    def drag(self, *places: tuple[float, float]) -> None:
+        self.page.mouse.move(*self.at(*places[0]))
+        self.page.mouse.down()
+        for place in places[1:]:
+            self.page.mouse.move(*self.at(*place), steps=3)
+        self.page.mouse.up()
+
+    def click(self, x: float, y: float, button: str = "left") -> None:
+        self.page.mouse.click(*self.at(x, y), button=button)
+
+    def press(self, name: str) -> None:
+        self.page.locator(".retrace-drag").nth(self.which).get_by_role("button", name=name).click()
+
+    def sees_the_picture(self) -> None:
+        self.page.wait_for_function(
+            "i => document.querySelectorAll('.retrace-drag-note')[i]?.textContent === ''"
+            " && document.querySelectorAll('.retrace-drag canvas')[i].className !== 'idle'",
+            arg=self.which,
+            timeout=20_000,
+        )
+
+
+def pixel(x: float, y: float) -> list[float]:
+    return [pytest.approx(x, abs=1.5 / WIDTH), pytest.approx(y, abs=1.5 / HEIGHT)]
+
+
+@pytest.fixture(scope="module")
+def photo(comfyui: ComfyServer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A picture whose mask (its transparency) is a bar at the left, in the folder of Load Image."""
+    ramp = np.linspace(0, 255, WIDTH, dtype=np.uint8)[None].repeat(HEIGHT, 0)
+    picture = Image.fromarray(np.stack([ramp, ramp[:, ::-1], np.full_like(ramp, 90)], -1)).convert("RGBA")
+    alpha = Image.new("L", picture.size, 255)
+    ImageDraw.Draw(alpha).rectangle((0, 0, BAR - 1, HEIGHT), fill=0)
+    picture.putalpha(alpha)
+    file = tmp_path_factory.mktemp("drag") / PHOTO
+    picture.save(file)
+    return comfyui.upload_image(file)
+
+
+@pytest.fixture
+def classic(frontend: Any, photo: str) -> Any:
+    frontend.problems.clear()
+    frontend.evaluate(BUILD, photo)
+    return frontend
+
+
+def _run(page: Any, comfyui: ComfyServer) -> dict[str, Any]:
+    """Queue the graph as the Run button does; the entry of its end in the history."""
+    before = set(comfyui.get_json("/history"))
+    page.evaluate("app.queuePrompt(0, 1)")
+    for _ in range(300):
+        for key, entry in comfyui.get_json("/history").items():
+            if key not in before:
+                return dict(entry)
+        page.wait_for_timeout(100)
+    raise AssertionError(f"the run did not end: {comfyui.log[-2000:]}")
+
+
+@pytest.mark.parametrize("renderer", ["frontend", "vue_frontend"])
+def test_what_a_person_does_from_the_first_point_to_the_result(
+    renderer: str, request: pytest.FixtureRequest, comfyui: ComfyServer, photo: str
+) -> None:
+    page = request.getfixturevalue(renderer)
+    page.problems.clear()
+    page.evaluate(BUILD, photo)
+    person = Person(page)
+    person.sees_the_picture()  # before anything was queued
+    _place_move_undo(person)
+    _use_the_keyboard(person)
+    _paint(person)
+    _run_and_compare(person, comfyui)
+    _reload_and_copy(person)
+    _type_text(person)
+    assert page.problems == []
+
+
+def _place_move_undo(person: Person) -> None:
+    person.drag((0.3, 0.4), (0.5, 0.2))  # by pressing and dragging
+    person.click(0.6, 0.6)
+    person.click(0.8, 0.75)  # by two clicks
+    first, second = person.value["points"]
+    assert first == {"handle": pixel(0.3, 0.4), "target": pixel(0.5, 0.2)}
+    assert second == {"handle": pixel(0.6, 0.6), "target": pixel(0.8, 0.75)}
+    person.drag((0.8, 0.75), (0.9, 0.9))
+    assert person.value["points"] == [first, {**second, "target": pixel(0.9, 0.9)}]
+    person.page.keyboard.press("Control+z")
+    assert person.value["points"] == [first, second]
+    person.page.keyboard.press("Control+Shift+z")
+    assert person.value["points"][1]["target"] == pixel(0.9, 0.9)
+    person.page.wait_for_timeout(200)  # the frontend's own undo would act in the next frame
+    assert person.value["points"][1]["target"] == pixel(0.9, 0.9)
+    person.click(0.6, 0.6, button="right")
+    assert person.value["points"] == [first]
+    person.press("Undo")
+    assert len(person.value["points"]) == 2
+
+
+def _use_the_keyboard(person: Person) -> None:
+    keyboard, nodes = person.page.keyboard, "app.graph._nodes.length"
+    person.canvas.focus()
+    for _ in range(4):
+        keyboard.press("Tab")  # handle, target, handle, target
+    before = person.page.evaluate(nodes)
+    keyboard.press("Shift+ArrowLeft")
+    keyboard.press("ArrowUp")
+    assert person.value["points"][1]["target"] == pixel(0.9 - 10 / WIDTH, 0.9 - 1 / HEIGHT)
+    assert person.status.text_content().startswith("Point 2 of 2, target: x 278, y 179 px")
+    keyboard.press("Tab")
+    assert person.canvas.evaluate("canvas => document.activeElement !== canvas"), "the last Tab leaves the picture"
+    person.canvas.focus()
+    keyboard.press("[")  # backwards from nothing: the last target
+    keyboard.press("Delete")
+    keyboard.press("Delete")  # once too often: never the node itself
+    assert len(person.value["points"]) == 1 and person.page.evaluate(nodes) == before
+
+
+def _paint(person: Person) -> None:
+    person.press("Brush")
+    person.drag((0.4, 0.5), (0.6, 0.5), (0.6, 0.8))
+    person.press("Erase")
+    person.drag((0.6, 0.5), (0.62, 0.5))
+    strokes = person.value["strokes"]
+    assert [stroke.get("erase", False) for stroke in strokes] == [False, True]
+    assert len(strokes[0]["points"]) == 3, "the path is thinned to its corners"
+    person.press("Points")
+
+
+def _run_and_compare(person: Person, comfyui: ComfyServer) -> None:
+    text = person.text
+    entry = _run(person.page, comfyui)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    (sent,) = (node["inputs"] for node in entry["prompt"][2].values() if node["class_type"] == "RetraceDragPoints")
+    assert sent["points"] == text
+    (shown,) = (output["images"][0] for output in entry["outputs"].values() if "images" in output)
+    picture = Image.open(comfyui.base / "temp" / shown["subfolder"] / shown["filename"]).convert("L")
+    result = torch.from_numpy(np.asarray(picture, np.float32) / 255)
+    mask = torch.zeros(1, HEIGHT, WIDTH)
+    mask[:, :, :BAR] = 1
+    (area,) = movable_area(parse_points(text)[1], HEIGHT, WIDTH, mask)
+    torch.testing.assert_close(result, area, rtol=0, atol=1.01 / 255)
+    at = {name: area[round(y * HEIGHT), round(x * WIDTH)].item() for name, (x, y) in PLACES.items()}
+    assert at == {"mask": 1, "brush": 1, "eraser": 0, "nothing": 0}
+
+
+def _reload_and_copy(person: Person) -> None:
+    page, text = person.page, person.text
+    saved = page.evaluate("JSON.stringify(app.graph.serialize())")
+    (node,) = (node for node in json.loads(saved)["nodes"] if node["type"] == "RetraceDragPoints")
+    assert node["widgets_values"] == [text]
+    assert "data:" not in saved and "blob:" not in saved
+
+    page.wait_for_timeout(1500)  # until the frontend has kept the workflow
+    page.reload(wait_until="domcontentloaded")
+    page.wait_for_function(f"{READY} && {NODES}.length === 1", timeout=60_000)
+    person.sees_the_picture()
+    assert person.text == text
+
+    page.evaluate(
+        f"""() => {{ const [node] = {NODES}; app.canvas.selectItems([node]); app.canvas.copyToClipboard([node]);
+        app.canvas.pasteFromClipboard(); }}"""
+    )
+    page.wait_for_function("document.querySelectorAll('.retrace-drag').length === 2")
+    copy = Person(page, 1)
+    assert copy.text == text
+    copy.set_text("[[0.1, 0.1, 0.2, 0.2]]")
+    assert person.text == text
+    page.evaluate(f"app.graph.remove({NODES}[1])")
+
+
+def _type_text(person: Person) -> None:
+    person.set_text('{"points": [[0.1, 0.2, 0.3, 0.4]]}')
+    assert person.status.text_content().startswith("1 point.")
+    person.set_text("{oops")
+    assert "no JSON" in person.status.text_content()
+    person.drag((0.3, 0.4), (0.5, 0.2))
+    person.canvas.press("Delete")
+    assert person.text == "{oops", "a text that cannot be read is not destroyed"
+    assert person.page.locator("textarea:visible").count() == 0
+    person.press("JSON")
+    text = person.page.locator("textarea:visible")
+    text.wait_for(timeout=5_000)
+    assert text.input_value() == "{oops"
+    text.fill("[[0.5, 0.5, 0.75, 0.5]]")
+    assert person.text == "[[0.5, 0.5, 0.75, 0.5]]" and person.status.text_content().startswith("1 point.")
+    person.drag((0.5, 0.5), (0.25, 0.5))
+    assert person.value["points"] == [{"handle": pixel(0.25, 0.5), "target": [0.75, 0.5]}]
+    assert text.input_value() == person.text
+    person.press("Clear")
+    assert person.text == "" and "Press on what should move" in person.status.text_content()
+
+
+def test_a_zoomed_graph_and_a_resized_node_keep_the_places(classic: Any) -> None:
+    person = Person(classic)
+    person.sees_the_picture()
+    person.drag((0.25, 0.25), (0.75, 0.75))
+    text = person.text
+    classic.evaluate("app.canvas.ds.scale = 1.6; app.canvas.ds.offset = [-250, -60]; app.canvas.setDirty(true, true)")
+    classic.evaluate(f"{NODES}[0].setSize([520, 430])")
+    classic.wait_for_timeout(700)
+    assert person.text == text
+    sharp = "c => c.width / c.getBoundingClientRect().width"
+    assert person.canvas.evaluate(sharp) == pytest.approx(1, abs=0.01)
+    person.drag((0.75, 0.75), (0.5, 0.75))
+    person.drag((0.9, 0.1), (0.95, 0.2))
+    assert person.value["points"] == [
+        {"handle": pixel(0.25, 0.25), "target": pixel(0.5, 0.75)},
+        {"handle": pixel(0.9, 0.1), "target": pixel(0.95, 0.2)},
+    ]
+
+
+def test_the_undo_of_the_graph_takes_back_one_edit(classic: Any) -> None:
+    person = Person(classic)
+    person.sees_the_picture()
+    person.drag((0.25, 0.25), (0.75, 0.75))
+    one = person.text
+    person.drag((0.5, 0.25), (0.75, 0.25))
+    assert len(person.value["points"]) == 2
+    classic.evaluate("app.extensionManager.workflow.activeWorkflow.changeTracker.undo()")
+    classic.wait_for_function(f"text => {NODES}[0]?.widgets[0].value === text", arg=one)
+    person.sees_the_picture()
+    assert person.status.text_content().startswith("1 point.")
+
+
+def test_another_source_shows_after_a_run_that_fails_for_lack_of_points(classic: Any, comfyui: ComfyServer) -> None:
+    classic.evaluate(
+        f"""() => {{ const empty = LiteGraph.createNode('EmptyImage'); empty.pos = [40, 500]; app.graph.add(empty);
+        empty.widgets.find(w => w.name === 'width').value = {WIDTH};
+        empty.widgets.find(w => w.name === 'height').value = {HEIGHT};
+        {NODES}[0].disconnectInput(1); empty.connect(0, {NODES}[0], 0); }}"""
+    )
+    note = classic.locator(".retrace-drag-note")
+    note.filter(has_text="after the first run").wait_for(timeout=10_000)
+    entry = _run(classic, comfyui)
+    assert entry["status"]["status_str"] == "error" and "there are no points" in json.dumps(entry["status"])
+    person = Person(classic)
+    person.sees_the_picture()
+    classic.keyboard.press("Escape")  # the frontend's own dialog about the error
+    classic.evaluate("document.querySelectorAll('.p-dialog-mask').forEach(dialog => dialog.remove())")
+    person.drag((0.25, 0.25), (0.75, 0.75))
+    assert _run(classic, comfyui)["status"]["status_str"] == "success"
+    classic.problems.clear()  # the error that was asked for
+
+
+def test_inside_a_subgraph_the_picture_from_outside_shows(classic: Any) -> None:
+    Person(classic).sees_the_picture()
+    inner = classic.evaluate(
+        f"""async () => {{
+          const nodes = app.graph._nodes.filter(n => ['RetraceDragPoints', 'MaskToImage'].includes(n.type));
+          {NODES}[0].widgets[0].value = '[[0.3, 0.3, 0.6, 0.6]]';
+          app.canvas.selectItems(nodes);
+          app.canvas.graph.convertToSubgraph(app.canvas.selectedItems);
+          const host = app.graph._nodes.find(n => n.subgraph);
+          const prompt = Object.values((await app.graphToPrompt()).output);
+          app.canvas.setGraph(host.subgraph);
+          app.canvas.ds.scale = 1; app.canvas.ds.offset = [0, 0];
+          return prompt.find(n => n.class_type === 'RetraceDragPoints').inputs.points; }}"""
+    )
+    assert inner == "[[0.3, 0.3, 0.6, 0.6]]"
+    person = Person(classic)
+    classic.wait_for_function("document.querySelectorAll('.retrace-drag').length === 1")
+    person.sees_the_picture()
+    assert person.status.text_content().startswith("1 point.")
+    promoted = classic.evaluate(
+        """async () => { const graph = app.canvas.graph, node = graph.nodes.find(n => n.type === 'RetraceDragPoints');
+          const slot = node.inputs.findIndex(i => i.name === 'points');
+          graph.addInput('points', 'STRING').connect(node.inputs[slot], node);
+          const root = app.rootGraph, host = root.nodes.find(n => n.subgraph === graph);
+          host.widgets.find(w => w.name === 'points').value = '[[0.1, 0.1, 0.9, 0.9], [0, 0, 1, 1]]';
+          const prompt = Object.values((await app.graphToPrompt()).output);
+          return prompt.find(n => n.class_type === 'RetraceDragPoints').inputs.points; }"""
+    )
+    assert promoted == "[[0.1, 0.1, 0.9, 0.9], [0, 0, 1, 1]]"
+    person.status.filter(has_text="come from outside").wait_for(timeout=5_000)
+    person.drag((0.5, 0.5), (0.7, 0.5))
+    assert person.text == "[[0.3, 0.3, 0.6, 0.6]]", "what comes from outside is not edited here"
+    classic.evaluate("app.canvas.setGraph(app.rootGraph)")
+
+
+TEXTS = [
+    "",
+    " {} ",
+    "[]",
+    "[[0, 0, 1, 1]]",
+    "[[[0.5, 0.5], [1, 0]]]",
+    '{"points": [{"handle": [0.2, 0.3], "target": [0.4, 0.5]}], "strokes": [{"points": [[0, 1]], "radius": 0.1}]}',
+    '{"strokes": [{"points": [[0, 0], [1, 1]], "radius": 1, "erase": true}]}',
+    "nonsense",
+    "3",
+    "null",
+    '{"points": 5}',
+    '{"points": null}',
+    '[{"handle": [0.5, 0.5]}]',
+    "[[0.5, 1.5, 0, 0]]",
+    "[[0.5, true, 0, 0]]",
+    '[[0.5, "0.5", 0, 0]]',
+    "[[0.5, NaN, 0, 0]]",
+    "[[0.5, 0.5, 0.5]]",
+    json.dumps([[0, 0, 1, 1]] * 101),
+    '{"strokes": [{"points": [], "radius": 0.1}]}',
+    '{"strokes": [{"points": [[0, 0]], "radius": 0}]}',
+    '{"strokes": [{"points": [[0, 0]], "radius": true}]}',
+]
+
+
+def test_the_browser_and_the_node_read_the_same_texts(classic: Any) -> None:
+    read = classic.evaluate(
+        """async (texts) => { const value = await import('/extensions/ComfyUI-Retrace/drag_points/value.js');
+          return texts.map(text => { try { return value.write(value.read(text)) } catch { return null } }); }""",
+        TEXTS,
+    )
+    for text, written in zip(TEXTS, read, strict=True):
+        try:
+            expected = parse_points(text)
+        except InvalidPoints:
+            assert written is None, text
+        else:
+            assert written is not None, text
+            assert parse_points(written) == expected
