@@ -17,8 +17,8 @@ const placeOf = (source) => source && `${source.node?.id} ${source.slot}`
 
 class Picker {
   executed = null // the file that the last run showed, with the source that it came from
+  restored = null
   shown = null
-  restores = true
 
   constructor(node, text) {
     this.node = node
@@ -56,7 +56,8 @@ class Picker {
   makeRoom() {
     const { text, widget } = this
     const layout = text.computeLayoutSize
-    text.computeLayoutSize = (node) => (text.hidden ? { minHeight: 0, maxHeight: 0, minWidth: 0 } : layout.call(text, node))
+    const nothing = { minHeight: 0, maxHeight: 0, minWidth: 0 }
+    text.computeLayoutSize = (node) => (text.hidden ? nothing : layout.call(text, node))
     let y = text.y
     Object.defineProperty(text, "y", {
       configurable: true,
@@ -90,18 +91,19 @@ class Picker {
     this.restore(from)
     const file = loadedFile(source, root) ?? (this.executed?.from === from ? this.executed.file : null)
     const mask = sourceOf(node, "mask", root)
-    this.show(file, mask?.slot === 1 ? loadedFile(mask, root) : null, source)
+    const masked = mask?.slot === 1 ? loadedFile(mask, root) : null // the second output of Load Image is its mask
+    this.show(file, masked && /\.(png|webp)$/i.test(masked.filename) ? masked : null, source)
     editor.stage.redrawAfterZoom()
   }
 
-  /** What an earlier run showed: the frontend keeps it when the workflow is left and opened again. */
+  /** What an earlier run showed: the frontend keeps it while another workflow is open. */
   restore(from) {
-    if (!this.restores || !from) return
-    this.restores = false
     const { graph, id } = this.node
     const key = graph.isRootGraph === false ? `${graph.id}:${id}` : String(id)
     const file = app.nodeOutputs?.[key]?.[RESULT]?.[0]
-    if (file) this.executed ??= { file, from }
+    if (!file || file.filename === this.restored) return
+    this.restored = file.filename
+    this.executed ??= { file, from }
   }
 
   /** Take the picture of a run that has just ended. */
@@ -120,7 +122,7 @@ class Picker {
     if (!file) return this.editor.setPicture(null, null, note)
     // A PNG may be transparent where its mask is; a JPEG is left as it is, for it may carry a rotation.
     const picture = loadImage(file, /\.png$/i.test(file.filename) ? "rgb" : "")
-    const alpha = masked && /\.(png|webp)$/i.test(masked.filename) ? loadImage(masked, "a").then(unlessOpaque, () => null) : null
+    const alpha = masked && loadImage(masked, "a").then(unlessOpaque, () => null)
     Promise.all([picture, alpha]).then(
       ([image, mask]) => this.shown === wanted && this.editor.setPicture(image, mask),
       () => this.shown === wanted && this.editor.setPicture(null, null, `'${file.filename}' cannot be loaded.`),
@@ -152,7 +154,8 @@ function keepForUndo() {
 
 /** The frontend's undo keys pass by what calls itself a text area: the editor has its own, as a text area has. */
 function keepUndoApart(element) {
-  for (const part of element.querySelectorAll("canvas, button")) Object.defineProperty(part, "type", { value: "textarea" })
+  for (const part of element.querySelectorAll("canvas, button"))
+    Object.defineProperty(part, "type", { value: "textarea" })
 }
 
 /** The wheel zooms the graph, also over the picture. */

@@ -133,7 +133,7 @@ def _stroke(number: int, entry: Any) -> Stroke:
     name = f"points: stroke {number}"
     if not isinstance(entry, dict) or not isinstance(entry.get("points"), list) or not entry["points"]:
         raise InvalidPoints(f'{name}: it should look like {{"points": [[0.4, 0.5], [0.5, 0.5]], "radius": 0.05}}.')
-    radius = entry.get("radius")
+    radius: Any = entry.get("radius")
     if type(radius) not in (int, float) or not 0 < radius <= 1:
         raise InvalidPoints(f"{name}: the radius is {_shown(radius)}, but a share of the width, 0 to 1, is needed.")
     path = tuple(_point(f"{name}, point {i}", point) for i, point in enumerate(entry["points"], 1))

@@ -334,7 +334,7 @@ def test_inside_a_subgraph_the_picture_from_outside_shows(classic: Any) -> None:
         """async () => { const graph = app.canvas.graph, node = graph.nodes.find(n => n.type === 'RetraceDragPoints');
           const slot = node.inputs.findIndex(i => i.name === 'points');
           graph.addInput('points', 'STRING').connect(node.inputs[slot], node);
-          const root = app.rootGraph, host = root.nodes.find(n => n.subgraph === graph);
+          const root = app.rootGraph ?? app.graph.rootGraph, host = root.nodes.find(n => n.subgraph === graph);
           host.widgets.find(w => w.name === 'points').value = '[[0.1, 0.1, 0.9, 0.9], [0, 0, 1, 1]]';
           const prompt = Object.values((await app.graphToPrompt()).output);
           return prompt.find(n => n.class_type === 'RetraceDragPoints').inputs.points; }"""
@@ -343,7 +343,7 @@ def test_inside_a_subgraph_the_picture_from_outside_shows(classic: Any) -> None:
     person.status.filter(has_text="come from outside").wait_for(timeout=5_000)
     person.drag((0.5, 0.5), (0.7, 0.5))
     assert person.text == "[[0.3, 0.3, 0.6, 0.6]]", "what comes from outside is not edited here"
-    classic.evaluate("app.canvas.setGraph(app.rootGraph)")
+    classic.evaluate("app.canvas.setGraph(app.rootGraph ?? app.graph.rootGraph)")
 
 
 TEXTS = [

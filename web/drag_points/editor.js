@@ -3,8 +3,9 @@
 import { Drawing } from "./drawing.js"
 import { toPicture } from "./paint.js"
 import { Stage } from "./stage.js"
+import { statusText } from "./status.js"
 import { Toolbar, addStyle, make } from "./toolbar.js"
-import { MOST_POINTS, onPicture, thinned } from "./value.js"
+import { onPicture, thinned } from "./value.js"
 
 const CLICK_PX = 4 // a press that moves less is a click
 
@@ -124,28 +125,10 @@ export class Editor {
     })
     this.stage.canvas.className = !this.#editable ? "idle" : this.#mode === "points" ? "" : "brush"
     this.status.className = `retrace-drag-status${drawing.error !== null && !this.#locked ? " error" : ""}`
-    this.status.textContent = this.status.title = this.#statusText()
+    const places = this.#pending !== null
+    const said = statusText(drawing, { picture: this.stage.picture, mode: this.#mode, locked: this.#locked, places })
+    this.status.textContent = this.status.title = said
     this.stage.redraw()
-  }
-
-  #statusText() {
-    const { pairs, strokes, selected, error } = this.drawing
-    if (this.#locked) return "The points come from outside this node."
-    if (error !== null) return `${error.replace(/\.?$/, ".")} Correct it under JSON, or press Clear.`
-    if (this.#pending) return `Now click where point ${pairs.length + 1} should go (Esc cancels).`
-    const count = pairs.length === 1 ? "1 point" : `${pairs.length} points`
-    const painted = strokes.length ? ", mask painted" : ""
-    if (!this.stage.picture) return pairs.length || strokes.length ? `${count}${painted}.` : ""
-    if (this.#mode === "brush") return "Paint the part that may change."
-    if (this.#mode === "erase") return "Erase the part that must stay."
-    if (selected) {
-      const [x, y] = pairs[selected.index][selected.end]
-      const [column, row] = [Math.round(x * this.stage.picture.width), Math.round(y * this.stage.picture.height)]
-      return `Point ${selected.index + 1} of ${pairs.length}, ${selected.end}: x ${column}, y ${row} px`
-    }
-    if (pairs.length >= MOST_POINTS) return `${count}: more are not possible.`
-    if (pairs.length) return `${count}${painted}. Drag a dot to move it, right-click removes it.`
-    return "Press on what should move and drag to where it should go."
   }
 
   #scene() {
@@ -297,8 +280,9 @@ export class Editor {
     }
     const direction = { arrowleft: [-1, 0], arrowright: [1, 0], arrowup: [0, -1], arrowdown: [0, 1] }[key]
     if (!direction || !this.drawing.selected) return false
-    const step = event.shiftKey ? 10 : 1
-    this.drawing.push((direction[0] * step) / this.stage.picture.width, (direction[1] * step) / this.stage.picture.height)
+    const { width, height } = this.stage.picture
+    const [dx, dy] = direction.map((way) => way * (event.shiftKey ? 10 : 1))
+    this.drawing.push(dx / width, dy / height)
     this.#refresh()
     return true
   }

@@ -16,9 +16,9 @@ export const toCanvas = ([x, y], frame) => [frame.x + x * frame.width, frame.y +
 export const toPicture = ([x, y], frame) => [(x - frame.x) / frame.width, (y - frame.y) / frame.height]
 
 /**
- * Paint everything. `scene` holds `frame`, `picture` (an image), `alpha` (an image that is clear where the incoming mask
- * is, or null), `pairs`, `strokes`, `selected`, `pending` ({handle, target}: a pair that is being placed), and `brush`
- * ({point, radius}: the circle under the pointer).
+ * Paint everything. `scene` holds `frame`, `picture` (an image), `alpha` (an image that is clear where the incoming
+ * mask is, or null), `pairs`, `strokes`, `selected`, `pending` ({handle, target}: a pair that is being placed), and
+ * `brush` ({point, radius}: the circle under the pointer).
  */
 export function paint(context, scene) {
   const { frame } = scene
@@ -63,6 +63,24 @@ function paintMask(context, { frame, strokes, alpha }) {
   context.globalAlpha = MASK_OPACITY
   context.drawImage(layer, frame.x, frame.y, frame.width, frame.height)
   context.globalAlpha = 1
+  context.drawImage(rimOf(layer, scale), frame.x, frame.y, frame.width, frame.height)
+}
+
+/** A thin white line around what is painted on a layer, so that it shows on any colour. */
+function rimOf(layer, width) {
+  const rim = document.createElement("canvas")
+  Object.assign(rim, { width: layer.width, height: layer.height })
+  const pen = rim.getContext("2d")
+  for (let eighth = 0; eighth < 8; eighth++) {
+    const angle = (eighth * Math.PI) / 4
+    pen.drawImage(layer, width * Math.cos(angle), width * Math.sin(angle))
+  }
+  pen.globalCompositeOperation = "source-in"
+  pen.fillStyle = COLOURS.line
+  pen.fillRect(0, 0, rim.width, rim.height)
+  pen.globalCompositeOperation = "destination-out"
+  pen.drawImage(layer, 0, 0)
+  return rim
 }
 
 function arrow(context, [x0, y0], [x1, y1]) {

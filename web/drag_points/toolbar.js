@@ -14,8 +14,8 @@ const STYLE = `
 .retrace-drag-bar { display: flex; flex-wrap: wrap; gap: 4px; align-items: center; }
 .retrace-drag-group { display: flex; }
 .retrace-drag-space { flex: 1; }
-.retrace-drag button { display: inline-flex; align-items: center; justify-content: center; min-width: 26px; height: 24px;
-  margin: 0; padding: 0 7px; font: inherit; cursor: pointer; color: var(--input-text, #ddd);
+.retrace-drag button { display: inline-flex; align-items: center; justify-content: center; min-width: 26px;
+  height: 24px; margin: 0; padding: 0 7px; font: inherit; cursor: pointer; color: var(--input-text, #ddd);
   background: var(--comfy-input-bg, #222); border: 1px solid var(--border-color, #4e4e4e); border-radius: 5px; }
 .retrace-drag-group button { border-radius: 0; margin-left: -1px; }
 .retrace-drag-group button:first-child { border-radius: 5px 0 0 5px; margin-left: 0; }
@@ -32,8 +32,8 @@ const STYLE = `
 .retrace-drag [hidden] { display: none !important; }
 .retrace-drag-stage { position: relative; flex: 1 1 0; min-height: 180px; overflow: hidden; border-radius: 6px;
   background: var(--comfy-input-bg, #222); border: 1px solid var(--border-color, #4e4e4e); }
-.retrace-drag canvas { position: absolute; inset: 0; width: 100%; height: 100%; border-radius: 5px; outline-offset: -2px;
-  touch-action: none; cursor: crosshair; }
+.retrace-drag canvas { position: absolute; inset: 0; width: 100%; height: 100%; border-radius: 5px;
+  outline-offset: -2px; touch-action: none; cursor: crosshair; }
 .retrace-drag canvas.idle { cursor: default; }
 .retrace-drag canvas.brush { cursor: none; }
 .retrace-drag-note { position: absolute; inset: 0; display: flex; align-items: center; justify-content: center;
@@ -73,28 +73,37 @@ function button(label, title, onclick, icon) {
 /** The buttons; `act` has one function for each of them. `show(state)` sets what is pressed and what can be pressed. */
 export class Toolbar {
   constructor(act) {
+    const mode = (name, label, title) => button(label, title, () => act.mode(name))
     this.modes = {
-      points: button("Points", "Place points: press on what should move, drag to where it should go", () => act.mode("points")),
-      brush: button("Brush", "Paint the part that may change", () => act.mode("brush")),
-      erase: button("Erase", "Take away from the part that may change", () => act.mode("erase")),
+      points: mode("points", "Points", "Place points: press on what should move, drag to where it should go"),
+      brush: mode("brush", "Brush", "Paint the part that may change"),
+      erase: mode("erase", "Erase", "Take away from the part that may change"),
     }
     this.radius = make("input", { type: "range", min: 0.005, max: 0.25, step: "any" })
     this.radius.oninput = () => act.radius(Number(this.radius.value))
-    this.size = make("label", { className: "retrace-drag-size", title: "Radius of the brush ([ and ] change it)" }, "Size", this.radius)
+    const title = "Radius of the brush ([ and ] change it)"
+    this.size = make("label", { className: "retrace-drag-size", title }, "Size", this.radius)
     this.add = button("", "Add a point in the middle, to be moved with the arrow keys", act.add, "add")
     this.undo = button("", "Undo (Ctrl+Z)", act.undo, "undo")
     this.redo = button("", "Redo (Ctrl+Shift+Z)", act.redo, "redo")
     this.remove = button("", "Remove the selected point (Delete)", act.remove, "remove")
     this.clear = button("Clear", "", act.clear)
     this.json = button("JSON", "Show the points as text", act.json)
-    const modes = make("div", { className: "retrace-drag-group", role: "group", "aria-label": "What the mouse does" }, ...Object.values(this.modes))
-    const edits = make("div", { className: "retrace-drag-group", role: "group", "aria-label": "Edit" }, this.add, this.undo, this.redo, this.remove, this.clear)
-    const space = make("span", { className: "retrace-drag-space" })
-    this.element = make("div", { className: "retrace-drag-bar", role: "toolbar", "aria-label": "Drag points" }, modes, space, edits, this.json)
+    const group = (name, ...buttons) =>
+      make("div", { className: "retrace-drag-group", role: "group", "aria-label": name }, ...buttons)
+    this.element = make(
+      "div",
+      { className: "retrace-drag-bar", role: "toolbar", "aria-label": "Drag points" },
+      group("What the mouse does", ...Object.values(this.modes)),
+      make("span", { className: "retrace-drag-space" }),
+      group("Edit", this.add, this.undo, this.redo, this.remove, this.clear),
+      this.json,
+    )
   }
 
   show({ mode, radius, canAdd, canUndo, canRedo, canRemove, canClear, locked, json }) {
-    for (const [name, element] of Object.entries(this.modes)) element.setAttribute("aria-pressed", String(name === mode))
+    for (const [name, element] of Object.entries(this.modes))
+      element.setAttribute("aria-pressed", String(name === mode))
     this.size.hidden = mode === "points"
     this.radius.value = radius
     this.add.hidden = this.remove.hidden = mode !== "points"
