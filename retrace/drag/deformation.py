@@ -35,6 +35,7 @@ TOGETHER = 0.5
 MOST_STEPS = 16
 _CAUTION = 4.0  # steps per (difference of two displacements / distance): a step then bends by half of what folds it
 _TINY = 1e-12
+_EQUAL = 1e-6  # px
 _AT_ONCE = 1 << 20  # distances of places to points that are held in memory at once
 _Places = NDArray[np.complex128]
 
@@ -53,7 +54,7 @@ class Deformation:
         end = np.array([complex(*point) for point in targets])
         kept = _distinct(start, end, numbers or range(1, len(start) + 1))
         start, end = start[kept], end[kept]
-        if float(abs((end - start) - (end - start)[0]).max()) == 0:  # one shift for all, without rounding
+        if float(abs((end - start) - (end - start)[0]).max()) < _EQUAL:  # one shift for all, without rounding
             start, end = start[:1], end[:1]
         self.mode: Mode = mode if len(start) > 1 else "stretch"
         self.places = _stages(start, end, self.mode)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InvalidImage, InvalidSchedule
@@ -101,24 +102,15 @@ def warp_by_points(
             raise InvalidSchedule(f"{name}: got {value}, but 0 to {max(picture.shape)} pixels are needed.")
     region = _region(picture, mask)
     lines, parts, still = _move(points, picture, region, mode)
-    taken = torch.zeros_like(region)  # by what moved
-    moved, seam, gone = still.to(picture), torch.zeros_like(region), torch.zeros_like(region)
+    moved, taken, seam = still.to(picture), torch.zeros_like(region), torch.zeros_like(region)
     for part in parts:
         taken[part.window] |= part.cover >= SELECTED
         moved[part.window] = torch.maximum(moved[part.window], part.cover.to(picture))
-        seam[part.window] |= (part.travelled > _STILL) & (part.cover >= SELECTED)
-    if parts:
-        gone = region & ~still & ~taken
-        edge = ~taken
-        for dim in (0, 1):  # pixels beside one that is not taken; the picture's border is no edge
-            for step in (1, -1):
-                beside = (~taken).roll(step, dim)
-                beside.select(dim, 0 if step == 1 else -1).fill_(False)
-                edge |= beside
-        seam &= edge
+        seam[part.window] |= part.travelled > _STILL
+    gone = region & ~still & ~taken
     hole = within(gone, grow) & ~taken
-    paint = hole | (within(seam, border) if border else torch.zeros_like(seam))
-    image = _compose(picture, parts, hole, within(region & ~still, grow) | taken)
+    paint = hole | _band(taken, seam, border)
+    image = _compose(picture, parts, hole, within(region & ~still, grow), taken)
     inpaint = paint.to(picture)
     if feather > 0 and bool(paint.any()):
         t = (1 - distance_to(paint, feather) / (feather + 1)).clamp(0, 1)
@@ -129,6 +121,15 @@ def warp_by_points(
         "where something was"
     )
     return Warped(image, inpaint[None], moved[None], "\n".join(lines))
+
+
+def _band(taken: Tensor, seam: Tensor, width: int) -> Tensor:
+    """``width`` pixels to both sides of the edge of what is ``taken``, where the edge is one of a ``seam``."""
+    if not width:
+        return torch.zeros_like(taken)
+    inner = F.pad(taken[None, None].float(), (1, 1, 1, 1), mode="replicate")  # the picture's border is no edge
+    edge = taken & seam & (-F.max_pool2d(-inner, 3, 1)[0, 0] == 0)
+    return within(edge, width) & (~taken | within(edge, width - 1))
 
 
 def _region(picture: Tensor, mask: Tensor | None) -> Tensor:
@@ -215,12 +216,17 @@ def _moved_part(deformation: Deformation, picture: Tensor, shape: Tensor, points
     return _Part(points, deformation.steps, top, left, cover, colours, torch.hypot(*back), int(shape.sum()))
 
 
-def _compose(picture: Tensor, parts: Sequence[_Part], hole: Tensor, unknown: Tensor) -> Tensor:
-    """``picture`` with the hole filled and the parts on it; ``unknown`` pixels say nothing about what is behind."""
+def _compose(picture: Tensor, parts: Sequence[_Part], hole: Tensor, old: Tensor, taken: Tensor) -> Tensor:
+    """``picture`` with the hole filled and the parts on it.
+
+    What was at the ``old`` place is gone also under the soft edge of what is now at the place that is ``taken``.
+    """
     image = picture[0].clone()
+    unknown = old | taken  # says nothing about what is behind
     behind = not bool(unknown.all())
     if behind:
-        image[hole] = fill_smoothly(image, unknown, hole)
+        under = hole | (old & taken)
+        image[under] = fill_smoothly(image, unknown, under)
     for part in parts:
         window = image[part.window]
         cover = part.cover[..., None]
