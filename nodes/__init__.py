@@ -22,6 +22,7 @@ from .ranking import RankByCLIP
 from .reference_kv import ReferenceKVControl
 from .report import EditReportNode
 from .schedule import ReferenceSchedule
+from .warp import WarpAndInpaint
 
 NODES: list[type[io.ComfyNode]] = [
     LoadPebble,
@@ -47,6 +48,7 @@ NODES: list[type[io.ComfyNode]] = [
     DragPointsNode,
     IdentityLora,
     ReferenceKVControl,
+    WarpAndInpaint,
 ]
 
 
