@@ -9,6 +9,7 @@ from .background import BackgroundReconstruction
 from .blending import BlendStep, PasteBackground
 from .clip import LoadCLIP
 from .clip_guidance import CLIPGuidance
+from .drag import DragLatentOptimizer
 from .drag_points import DragPointsNode
 from .edit_friendly import EditFriendlyInverter
 from .identity_lora import IdentityLora
@@ -43,6 +44,7 @@ NODES: list[type[io.ComfyNode]] = [
     BackgroundReconstruction,
     MaskPrecisionBlur,
     EditReportNode,
+    DragLatentOptimizer,
     RankByCLIP,
     LoadCLIP,
     DragPointsNode,

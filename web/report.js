@@ -10,6 +10,9 @@ const REPORTING = new Set([
   "RetraceAttentionMask",
   "RetraceBackgroundReconstruction",
   "RetraceEditReport",
+  "RetraceIdentityLoRA",
+  "RetraceDragLatentOptimizer",
+  "RetraceWarpAndInpaint",
 ])
 
 function addReport(node) {

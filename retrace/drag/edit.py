@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InvalidImage, RetraceError
-from ..host import Conditioning, Denoiser
+from ..host import Conditioning, Denoiser, variance_scale
 from ..inversion import Method, invert
 from ..masks import latent_mask
 from ..validation import check_mask, describe
-from .gooddrag import GoodDragOptions, good_drag
+from .gooddrag import GoodDragOptions, good_drag, levels_of
 from .optimise import Dragged, DragOptions, drag
 from .points import DragPoints, InvalidPoints
 from .task import Callback, DragTask, choose_block
@@ -45,14 +45,16 @@ class DragSettings:
     block: str = "auto"
     parity: bool = False
 
-    def options(self) -> DragOptions | GoodDragOptions:
-        """The options of the mode, with what is None left as it is there."""
+    def options(self, steps: int) -> DragOptions | GoodDragOptions:
+        """The options of the mode for ``steps`` left to sample, with what is None left as it is there."""
         usual = DragOptions() if self.mode == "dragdiffusion" else GoodDragOptions()
         names = {field.name for field in fields(usual)}
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name in names}
         if isinstance(usual, GoodDragOptions) and self.changes is not None:
-            # Fewer changes are fewer rounds at each level; the levels are what the method is about.
-            given["rounds"] = max(1, round(self.changes / (usual.levels * usual.changes)))
+            # Changes in all; those of a round stay three, so there are more rounds or fewer, spread over the levels.
+            given["rounds"] = max(
+                1, round(self.changes / (levels_of(steps, replace(usual, parity=self.parity)) * usual.changes))
+            )
             given.pop("changes")
         return replace(usual, **{name: value for name, value in given.items() if value is not None})
 
@@ -102,8 +104,12 @@ def drag_points(
         scale=scale,
         callback=callback,
     )
-    x = latent if inversion is None else invert(model, latent, sigmas, cond, inversion).noise
-    options = settings.options()
+    x = latent
+    if inversion is not None:
+        # To the reference the picture lies at its lowest level, above zero, with the variance that latents have there.
+        last = variance_scale(float(sigmas[-1]), model.parametrisation) if settings.parity else 1.0
+        x = invert(model, latent * last, sigmas, cond, inversion).noise
+    options = settings.options(len(sigmas) - 1)
     if isinstance(options, GoodDragOptions):
         return good_drag(task, x, sigmas, options)
     return drag(task, x, sigmas, options)
@@ -124,7 +130,8 @@ def check_picture(points: DragPoints, height: int, width: int) -> None:
 def movable(mask: Tensor | None, height: int, width: int, parity: bool = False) -> Tensor:
     """``mask`` ``[1, H, W]`` on the latent grid ``[1, 1, h, w]``: 1 in every cell that it touches.
 
-    ``parity``: the reference's rule, one pixel per cell by way of a grid of half the picture; small masks get lost.
+    ``parity``: the reference's rule, one pixel per cell by way of a grid of half the picture. A mask that gets lost in
+    it is no mask at all there.
     """
     if mask is None:
         return torch.ones(1, 1, height, width)
@@ -142,7 +149,8 @@ def movable(mask: Tensor | None, height: int, width: int, parity: bool = False) 
     if not parity:
         return latent_mask(mask, mode="any", size=(height, width))[:, None].float()
     half = F.interpolate((mask > 0).float()[:, None], (mask.shape[1] // 2, mask.shape[2] // 2), mode="nearest")
-    return F.interpolate(half, (height, width), mode="nearest")
+    cells = F.interpolate(half, (height, width), mode="nearest")
+    return cells if bool(cells.any()) else torch.ones_like(cells)  # no mask, to the reference
 
 
 def conditions(conds: Mapping[str, Conditioning], scale: float) -> tuple[Conditioning, Conditioning | None]:

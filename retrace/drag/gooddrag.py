@@ -24,7 +24,7 @@ from .task import Changes, DragTask, Look, check_single
 class GoodDragOptions:
     """The defaults are those of the authors' interface. Radii and strides are in cells of the grid."""
 
-    levels: int = 7  # at how many noise levels it drags, counted from the first; a step stays undragged
+    levels: int | None = None  # at how many noise levels it drags, counted from the first; None: see `levels_of`
     rounds: int = 10  # how often the points are found again at each of them
     changes: int = 3  # per round
     learning_rate: float = 0.02
@@ -65,12 +65,7 @@ def good_drag(task: DragTask, x: Tensor, sigmas: Tensor, options: GoodDragOption
         RetraceError: NaN from the model.
     """
     check_single(x)
-    most = min(options.levels, len(sigmas) - 2)
-    if most < 1:
-        raise InvalidSchedule(
-            f"GoodDrag: it drags and denoises in turns, but only {len(sigmas) - 1} step is left to sample. Raise "
-            "steps or strength."
-        )
+    most = levels_of(len(sigmas) - 1, options)
     started, before = time.perf_counter(), task.model.evaluations
     x = x.to(task.model.device, torch.float32)
     levels = [float(s) for s in sigmas.tolist()]
@@ -98,6 +93,23 @@ def good_drag(task: DragTask, x: Tensor, sigmas: Tensor, options: GoodDragOption
         seconds=time.perf_counter() - started,
         stop_radius=options.stop_radius,
     )
+
+
+def levels_of(steps: int, options: GoodDragOptions) -> int:
+    """At how many of ``steps`` noise levels it drags: the authors' 7 of 38, or as large a part of other numbers.
+
+    Further down the picture can hardly be changed. At least one level, and a step is left undragged.
+
+    Raises:
+        InvalidSchedule: a single step.
+    """
+    if steps < 2:
+        raise InvalidSchedule(
+            f"GoodDrag: it drags and denoises in turns, but only {steps} step is left to sample. Raise steps or "
+            "strength."
+        )
+    usual = 7 if options.parity else max(1, round(steps * 7 / 38))
+    return min(options.levels or usual, steps - 1)
 
 
 class _Untouched:
@@ -144,7 +156,7 @@ class _Turns:
                 if step == 0:  # the denoising step has moved the picture, too
                     handles = track(look.features, templates, handles, options.search_radius)
                     task.note(handles)
-                if bool(arrived(handles, task.targets, options.stop_radius).all()) or self.still == options.patience:
+                if self.still == options.patience or bool(arrived(handles, task.targets, options.stop_radius).all()):
                     self.finished = True
                     break
                 loss = anchored_loss(first.features, look.features, task.handles, handles, task.targets, options)
@@ -155,6 +167,7 @@ class _Turns:
                 if (step + 1) % options.changes == 0:
                     handles = self._track(look, templates, handles)
                 self._report(look.denoised if look.denoised is not None else preview, handles, level, step)
+        self.finished = self.finished or self.still == options.patience
         return changes.z.detach(), handles
 
     def _track(self, look: Look, templates: Tensor, handles: Tensor) -> Tensor:

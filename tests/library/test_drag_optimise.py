@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retrace.drag.edit import DragSettings, drag_points, movable
-from retrace.drag.gooddrag import GoodDragOptions
+from retrace.drag.gooddrag import GoodDragOptions, levels_of
 from retrace.drag.optimise import Dragged, DragOptions
 from retrace.drag.points import DragPoints, InvalidPoints, PointPair
 from retrace.drag.task import Changes, DragTask
@@ -156,7 +156,7 @@ def test_one_pixel_of_a_mask_frees_its_cell() -> None:
     mask = torch.zeros(1, 128, 128)
     mask[0, 65, 47] = 1
     assert movable(mask, 16, 16).nonzero().tolist() == [[0, 0, 8, 5]]
-    assert not movable(mask, 16, 16, parity=True).any()  # as in the reference, it gets lost
+    assert movable(mask, 16, 16, parity=True).all()  # as in the reference, it gets lost and is no mask any more
     assert torch.isfinite(run(Mirror(), mask=mask, hard_mask=True, changes=3).edited).all()
 
 
@@ -186,19 +186,18 @@ def test_what_cannot_be_dragged_is_said() -> None:
 
 def test_gooddrag_drags_and_denoises_in_turns() -> None:
     model = Mirror()
-    made = run(model, mode="gooddrag", changes=21, learning_rate=1e-6)
-    # One round of three changes at each of seven levels.
-    assert made.changes == made.backwards == 21
-    assert made.sigmas.tolist() == SIGMAS[7:].tolist()
-    assert made.evaluations == 21 + 7 + 7  # the changes, the untouched picture, the steps down
+    made = run(model, mode="gooddrag", changes=12, learning_rate=1e-6)
+    # Nine steps are left, so it drags at two levels: two rounds of three changes at each of them.
+    assert made.changes == made.backwards == 12
+    assert made.sigmas.tolist() == SIGMAS[2:].tolist()
+    assert made.evaluations == 12 + 2 + 2  # the changes, the untouched picture, the steps down
     # The clean estimate of this model is the latent, so a step down leaves it as it is.
     torch.testing.assert_close(made.reference, blob(8, 5.5) * 17**0.5)
 
 
 def test_gooddrag_gives_up_when_no_point_moves() -> None:
     made = run(Mirror(), mode="gooddrag", learning_rate=1e-6)
-    # Ten rounds of three, all at the first level; at the second one it only looks.
-    assert made.changes == 30 and len(made.sigmas) == len(SIGMAS) - 2
+    assert made.changes == 30 and len(made.sigmas) == len(SIGMAS) - 1  # ten rounds of three, all at the first level
 
 
 def test_gooddrag_moves_a_blob() -> None:
@@ -246,10 +245,16 @@ def test_a_gradient_that_overflows_is_left_out_and_one_that_keeps_doing_so_is_an
 
 
 def test_settings_become_options_of_their_mode() -> None:
-    assert DragSettings().options() == DragOptions()
-    assert DragSettings(mode="gooddrag").options() == GoodDragOptions()
-    given = DragSettings(mode="gooddrag", changes=63, learning_rate=0.5, search_radius=5).options()
+    assert DragSettings().options(35) == DragOptions()
+    assert DragSettings(mode="gooddrag").options(38) == GoodDragOptions()
+    given = DragSettings(mode="gooddrag", changes=63, learning_rate=0.5, search_radius=5).options(38)
     assert given == GoodDragOptions(rounds=3, learning_rate=0.5, search_radius=5)
-    assert DragSettings(changes=7, patch_radius=0, mask_weight=0.0).options() == DragOptions(
+    assert DragSettings(changes=7, patch_radius=0, mask_weight=0.0).options(35) == DragOptions(
         changes=7, patch_radius=0, mask_weight=0.0
     )
+
+
+def test_gooddrag_drags_at_the_same_part_of_any_schedule() -> None:
+    assert [levels_of(steps, GoodDragOptions()) for steps in (38, 35, 18, 7, 3, 2)] == [7, 6, 3, 1, 1, 1]
+    assert levels_of(35, GoodDragOptions(parity=True)) == 7
+    assert levels_of(35, GoodDragOptions(levels=50)) == 34

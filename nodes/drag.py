@@ -1,0 +1,275 @@
+"""Dragging by points: Drag Latent Optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io, ui
+
+from ..retrace.drag.edit import MODES, DragSettings
+from ..retrace.drag.points import DragPoints, InvalidPoints
+from ..retrace.schedule import check_sigmas
+from ..retrace.validation import check_latent, check_mask, describe
+from ._checks import latent_samples, require_trajectory
+from ._errors import reports_errors
+from ._memory import PeakMemory
+from ._schema import Points, Trajectory, advanced, scheduler_input, schema, sigmas_input
+
+BLOCKS = ("auto", "mid.0", "up.0", "up.1", "up.2", "up.3")
+
+
+class DragLatentOptimizer(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "drag",
+            node_id="RetraceDragLatentOptimizer",
+            display_name="Drag Latent Optimizer",
+            description="Moves what lies at the handle points to their targets (DragDiffusion, GoodDrag): inverts the "
+            "picture part of the way to noise and changes that latent until the points have arrived. Gives a batch "
+            "[reference, edited] to sample on with 'Reference KV Control', SamplerCustom (no added noise), cfg 1 and "
+            "the SIGMAS of this node.",
+            search_aliases=["dragdiffusion", "gooddrag", "draggan", "point dragging", "move object"],
+            has_intermediate_output=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="SD 1.x, SD 2.x or SDXL; best with an 'Identity LoRA' of the picture in it."
+                ),
+                io.Conditioning.Input("positive", tooltip="The words that describe the picture as it is."),
+                Points.Input("points", tooltip="From 'Drag Points'."),
+                io.Int.Input("steps", default=50, min=2, max=1000, tooltip="Steps of the whole way to noise."),
+                scheduler_input("The noise levels of that way."),
+                io.Float.Input(
+                    "strength",
+                    default=0.7,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="How far towards noise the picture goes before it is dragged. Less keeps more and moves "
+                    "less.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=list(reversed(MODES)),
+                    default="gooddrag",
+                    tooltip="gooddrag: drags and denoises in turns and always compares with the untouched picture; "
+                    "arrives more often. dragdiffusion: all changes at one noise level, as in the paper.",
+                ),
+                io.Combo.Input(
+                    "mask_mode",
+                    options=["soft", "hard"],
+                    default="soft",
+                    tooltip="soft: changes outside the mask cost (the papers' way). hard: the latent there stays "
+                    "exactly as it is; faster, because half of the network is not needed.",
+                ),
+                io.Int.Input(
+                    "changes",
+                    default=0,
+                    min=0,
+                    max=10000,
+                    tooltip="Most changes of the latent; it stops when all points have arrived. 0: as the authors do "
+                    "(80, gooddrag 210).",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.005,
+                    round=1e-5,
+                    tooltip="How far one change goes. 0: as the authors do (0.01, gooddrag 0.02).",
+                ),
+                io.Float.Input(
+                    "mask_weight",
+                    default=-1.0,
+                    min=-1.0,
+                    max=100.0,
+                    step=0.05,
+                    round=1e-4,
+                    tooltip="What changes outside a soft mask cost. -1: as the authors do (0.1, gooddrag 0.2).",
+                    **advanced(),
+                ),
+                io.Float.Input(
+                    "stop_radius",
+                    default=2.0,
+                    min=0.0,
+                    max=64.0,
+                    step=0.5,
+                    tooltip="How near a point has to come, in cells of 2 pixels.",
+                    **advanced(),
+                ),
+                io.Int.Input(
+                    "patch_radius",
+                    default=-1,
+                    min=-1,
+                    max=32,
+                    tooltip="How much around a point is moved along, in cells of 2 pixels. -1: as the authors do (1, "
+                    "gooddrag 4).",
+                    **advanced(),
+                ),
+                io.Int.Input(
+                    "search_radius",
+                    default=-1,
+                    min=-1,
+                    max=64,
+                    tooltip="How far around its last place a point is looked for, in cells of 2 pixels. -1: as the "
+                    "authors do (3, gooddrag 12).",
+                    **advanced(),
+                ),
+                io.Combo.Input(
+                    "feature_block",
+                    options=list(BLOCKS),
+                    default="auto",
+                    tooltip="The block whose features say what lies where. auto: the last but one (up.2 of SD 1.5).",
+                    **advanced(),
+                ),
+                io.Combo.Input(
+                    "inversion",
+                    options=["fixed_point", "ddim"],
+                    default="fixed_point",
+                    tooltip="fixed_point returns to the picture nearly exactly; ddim takes a third of the time.",
+                    **advanced(),
+                ),
+                io.Combo.Input(
+                    "latent_is",
+                    options=["picture", "noisy"],
+                    default="picture",
+                    tooltip="picture: from 'VAE Encode', to be inverted. noisy: a generated picture on its way, from "
+                    "'KSampler (Advanced)' with leftover noise, stopped where strength begins.",
+                    **advanced(),
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=1.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="1 for photographs. The cfg of a generated picture; needs a negative.",
+                    **advanced(),
+                ),
+                io.Boolean.Input(
+                    "parity",
+                    default=False,
+                    tooltip="On: noise levels, inversion and mask exactly as in the authors' code.",
+                    **advanced(),
+                ),
+                io.Latent.Input("latent", optional=True, tooltip="The picture, from 'VAE Encode'."),
+                io.Mask.Input(
+                    "mask", optional=True, tooltip="Where the picture may change (1 = may). Without one: everywhere."
+                ),
+                Trajectory.Input(
+                    "trajectory",
+                    optional=True,
+                    tooltip="The inversion of the picture, from 'DDIM Inverter'; used instead of 'latent', and not "
+                    "walked again when a point moves.",
+                ),
+                io.Conditioning.Input("negative", optional=True, tooltip="Only for cfg above 1."),
+                sigmas_input(),
+            ],
+            outputs=[
+                io.Latent.Output(
+                    "latent_batch",
+                    display_name="LATENT",
+                    tooltip="The batch [reference, edited], noisy, for a sampler that adds no noise.",
+                ),
+                io.Sigmas.Output("sigmas_left", display_name="SIGMAS", tooltip="The noise levels left to sample."),
+                io.String.Output("report", display_name="report", tooltip="How far the points came, and what it cost."),
+                io.String.Output("path", display_name="path", tooltip="Where every point went, as JSON."),
+                io.Image.Output("path_image", display_name="path image", tooltip="The same, drawn on the picture."),
+            ],
+        )
+
+    @classmethod
+    @reports_errors("Drag Latent Optimizer")
+    def execute(
+        cls,
+        model: Any,
+        positive: Any,
+        points: Any,
+        steps: int,
+        scheduler: str,
+        strength: float,
+        mode: str,
+        mask_mode: str,
+        changes: int,
+        learning_rate: float,
+        mask_weight: float,
+        stop_radius: float,
+        patch_radius: int,
+        search_radius: int,
+        feature_block: str,
+        inversion: str,
+        latent_is: str,
+        cfg: float,
+        parity: bool,
+        latent: dict[str, Any] | None = None,
+        mask: torch.Tensor | None = None,
+        trajectory: Any = None,
+        negative: Any = None,
+        sigmas: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        from ..retrace.drag.drawing import draw_paths
+        from ..retrace.hosts.comfyui import ComfyHost
+        from ..retrace.hosts.comfyui.drag import drag_latent
+
+        if not isinstance(points, DragPoints):
+            raise InvalidPoints(f"points: got {describe(points)}, but points are needed. Connect a 'Drag Points'.")
+        host = ComfyHost(model)
+        samples = None if latent is None else check_latent("latent", latent_samples(latent), host.latent_channels)
+        area = None if mask is None else check_mask("mask", mask)
+        settings = DragSettings(
+            mode=mode,
+            changes=changes or None,
+            learning_rate=learning_rate or None,
+            mask_weight=None if mask_weight < 0 else mask_weight,
+            patch_radius=None if patch_radius < 0 else patch_radius,
+            search_radius=None if search_radius < 0 else search_radius,
+            stop_radius=stop_radius,
+            hard_mask=mask_mode == "hard",
+            block=feature_block,
+            parity=parity,
+        )
+        memory = PeakMemory()
+        outcome = drag_latent(
+            host,
+            samples,
+            positive,
+            points,
+            area,
+            host.sigmas(scheduler, steps) if sigmas is None else check_sigmas(sigmas),
+            strength,
+            settings,
+            source="noisy" if latent_is == "noisy" else "picture",
+            trajectory=None if trajectory is None else require_trajectory(trajectory),
+            negative=negative,
+            cfg=cfg,
+            inversion="ddim" if inversion == "ddim" else "fixed_point",
+            callback=_progress_text(cls.hidden.unique_id if cls.hidden else None, points.size[1]),
+        )
+        report = outcome.report(settings, area, memory.megabytes())
+        drawn = area if area is not None and area.shape[1:] == points.size else None
+        picture = draw_paths(points.picture, outcome.path(), [pair.target for pair in points.pairs], drawn)
+        return io.NodeOutput(
+            {"samples": outcome.samples},
+            outcome.dragged.sigmas.clone(),  # core's uni_pc writes into the sigmas that it is given
+            report,
+            outcome.path_text(),
+            picture,
+            ui={**ui.PreviewImage(picture, cls=cls).as_dict(), **ui.PreviewText(report).as_dict()},
+        )
+
+
+def _progress_text(node_id: Any, width: int) -> Any:
+    """Shows on the node how far the points still have to go, while it runs."""
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+
+    def show(change: int, most: int, distances: list[float]) -> None:
+        if server is not None and node_id is not None:
+            left = ", ".join(f"{distance * width:.0f}" for distance in distances[:8])
+            server.send_progress_text(f"change {change} of {most}: {left} pixels to go", node_id)
+
+    return show
