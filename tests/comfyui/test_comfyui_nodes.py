@@ -32,6 +32,11 @@ NODES = {
     "RetraceEditReport": ["STRING", "STRING"],
     "RetraceRankByCLIP": ["IMAGE", "INT", "STRING"],
     "RetraceLoadCLIP": ["RETRACE_CLIP"],
+    "RetraceDragPoints": ["RETRACE_POINTS", "MASK", "IMAGE"],
+    "RetraceIdentityLoRA": ["MODEL", "LORA_MODEL", "LOSS_MAP", "STRING"],
+    "RetraceDragLatentOptimizer": ["LATENT", "SIGMAS", "STRING", "STRING", "IMAGE"],
+    "RetraceReferenceKVControl": ["MODEL"],
+    "RetraceWarpAndInpaint": ["IMAGE", "MASK", "MASK", "STRING"],
 }
 LANGUAGES = ("en", "ko", "zh")
 
