@@ -211,7 +211,7 @@ def _moved_part(deformation: Deformation, picture: Tensor, shape: Tensor, points
     seen = cover > 0
     if not bool(seen.any()):
         return None
-    colours = torch.zeros(*size, 3).to(picture)
+    colours = picture.new_zeros(*size, 3)
     colours[seen] = sample(picture[0], x[seen], y[seen])
     return _Part(points, deformation.steps, top, left, cover, colours, torch.hypot(*back), int(shape.sum()))
 

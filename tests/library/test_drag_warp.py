@@ -390,6 +390,18 @@ def test_the_type_of_the_picture_is_kept_and_inputs_stay():
     torch.testing.assert_close(half.image.float(), result.image, atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_it_works_where_the_picture_is(mode):
+    """Under another default device, a tensor that is made without naming the picture's would not fit to it."""
+    picture = noise()
+    mask = box(picture, 10, 25, 8, 20)
+    points = pairs([((12, 16), (20, 16)), ((16, 20), (25, 22))], picture)
+    expected = warp_by_points(points, mask, mode, feather=2)
+    with torch.device("meta"):
+        result = warp_by_points(points, mask, mode, feather=2)
+    assert torch.equal(result.image, expected.image) and torch.equal(result.inpaint, expected.inpaint)
+
+
 def test_errors_say_what_to_do():
     picture = noise()
     points, mask = pairs([((12, 16), (20, 16))], picture), box(picture, 10, 25, 8, 20)
