@@ -8,6 +8,8 @@ Positions are (row, column) on the grid, handles and targets ``[P, 2]``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -40,13 +42,13 @@ class FeatureGrid:
         return (row >= 0) & (row <= self.height - 1) & (column >= 0) & (column <= self.width - 1)
 
     @staticmethod
-    def _mix(row: tuple[Tensor, ...], column: tuple[Tensor, ...], value: object) -> Tensor:
+    def _mix(row: tuple[Tensor, ...], column: tuple[Tensor, ...], value: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         r0, r1, down = row
         c0, c1, right = column
         down, right = down[..., None], right[..., None]
-        upper = value(r0, c0) * (1 - right) + value(r0, c1) * right  # type: ignore[operator]
-        lower = value(r1, c0) * (1 - right) + value(r1, c1) * right  # type: ignore[operator]
-        return upper * (1 - down) + lower * down  # type: ignore[no-any-return]
+        upper = value(r0, c0) * (1 - right) + value(r0, c1) * right
+        lower = value(r1, c0) * (1 - right) + value(r1, c1) * right
+        return upper * (1 - down) + lower * down
 
 
 def _resized(position: Tensor, grid: int, cells: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,7 +99,9 @@ def track(grid: FeatureGrid, templates: Tensor, handles: Tensor, radius: int) ->
     differences over channels wins, the first one in reading order among equals; the search stays on the picture.
     """
     candidates = handles[:, None] + square(radius, handles.device)
-    difference = (grid.at(candidates) - templates[:, None]).abs().sum(-1)
+    with torch.no_grad():  # point by point, because the features of all candidates of all points can be gigabytes
+        pairs = zip(candidates, templates, strict=True)
+        difference = torch.stack([(grid.at(places) - template).abs().sum(-1) for places, template in pairs])
     difference = difference.masked_fill(~grid.inside(candidates), torch.inf)
     order = torch.arange(difference.shape[1], device=handles.device).expand_as(difference)
     smallest = difference.amin(1, keepdim=True)
