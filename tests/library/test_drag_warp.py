@@ -181,10 +181,9 @@ def test_distances_are_those_to_the_nearest_pixel():
     selected[[0, 14, 15, 29], [3, 20, 20, 40]] = True
     rows, columns = torch.meshgrid(torch.arange(30), torch.arange(41), indexing="ij")
     places = selected.nonzero()
-    true = torch.hypot((rows[..., None] - places[:, 0]).float(), (columns[..., None] - places[:, 1]).float()).amin(-1)
-    found = distance_to(selected, 6.5)
-    assert torch.equal(found.isfinite(), true <= 6.5)
-    torch.testing.assert_close(found[true <= 6.5], true[true <= 6.5])
+    true = ((rows[..., None] - places[:, 0]) ** 2 + (columns[..., None] - places[:, 1]) ** 2).amin(-1).double().sqrt()
+    for reach in (1, 6.5, 9, 512):
+        assert torch.equal(distance_to(selected, reach), torch.where(true <= reach, true, math.inf).float())
     assert torch.equal(within(selected, 3), true <= 3)
     assert torch.equal(within(selected, 0), selected)
     assert not within(torch.zeros_like(selected), 9).any()
