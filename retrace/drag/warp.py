@@ -44,7 +44,6 @@ class Warped:
 class _Part:
     """One connected part of the region at its new place: a window of the picture from (``top``, ``left``)."""
 
-    points: list[int]
     steps: int
     top: int
     left: int
@@ -179,7 +178,7 @@ def _move(points: DragPoints, picture: Tensor, region: Tensor, mode: Mode) -> tu
             continue
         shape = numbered == label
         still &= ~shape
-        part = _moved_part(deformation, picture, shape, own)
+        part = _moved_part(deformation, picture, shape)
         if part is None:
             lines.append(f"{name}: the region has left the picture")
             continue
@@ -195,7 +194,7 @@ def _count(number: int, word: str) -> str:
     return f"{number} {word}{'s' * (number != 1)}"
 
 
-def _moved_part(deformation: Deformation, picture: Tensor, shape: Tensor, points: list[int]) -> _Part | None:
+def _moved_part(deformation: Deformation, picture: Tensor, shape: Tensor) -> _Part | None:
     """``shape`` ``[H, W]`` (bool) of ``picture`` at its new place; None where that is outside of the picture."""
     height, width = shape.shape
     box = reached_window(deformation, shape)
@@ -213,7 +212,7 @@ def _moved_part(deformation: Deformation, picture: Tensor, shape: Tensor, points
         return None
     colours = picture.new_zeros(*size, 3)
     colours[seen] = sample(picture[0], x[seen], y[seen])
-    return _Part(points, deformation.steps, top, left, cover, colours, torch.hypot(*back), int(shape.sum()))
+    return _Part(deformation.steps, top, left, cover, colours, torch.hypot(*back), int(shape.sum()))
 
 
 def _compose(picture: Tensor, parts: Sequence[_Part], hole: Tensor, old: Tensor, taken: Tensor) -> Tensor:
