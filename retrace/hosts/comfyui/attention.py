@@ -37,18 +37,26 @@ def install_attention(options: dict[str, Any], network: Any, hook: AttentionHook
         patches[layer.key] = _Replacement(layer, hook, earlier, moment)
 
 
-class _Moment:
-    """The noise level and rows of the running pass; read once, because reading them waits for the GPU."""
+class NoiseLevel:
+    """The noise level of the running pass; read once, because reading it waits for the GPU."""
 
     def __init__(self) -> None:
         self._sigmas: Tensor | None = None
         self._sigma = 0.0
-        self._rows: dict[tuple[tuple[int, ...], int], tuple[Row, ...]] = {}
 
     def sigma(self, sigmas: Tensor) -> float:
+        """That of core's ``sigmas`` ``[rows]``, which are the same tensor in every layer of a pass."""
         if sigmas is not self._sigmas:
             self._sigmas, self._sigma = sigmas, float(sigmas[0])
         return self._sigma
+
+
+class _Moment(NoiseLevel):
+    """What the layers of the running pass share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rows: dict[tuple[tuple[int, ...], int], tuple[Row, ...]] = {}
 
     def rows(self, conds: tuple[int, ...], rows: int) -> tuple[Row, ...]:
         key = (conds, rows)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedModel
 from ...host import Row
+from .attention import NoiseLevel
 
 Key = tuple[str, int]  # core's name of a block: ("double_block", 3)
 
@@ -58,19 +59,10 @@ def install_exchange(options: dict[str, Any], network: Any, exchange: RowExchang
         blocks[key] = _Block(key, layer, exchange, blocks.get(key), moment)
 
 
-class _Moment:
+class _Moment(NoiseLevel):
     """What the blocks of the running pass share."""
 
-    def __init__(self) -> None:
-        self.text = 0  # tokens of text; older versions tell only the blocks that get the text by itself
-        self._sigmas: Tensor | None = None
-        self._sigma = 0.0
-
-    def sigma(self, sigmas: Tensor) -> float:
-        """The noise level; read once, because reading it waits for the GPU."""
-        if sigmas is not self._sigmas:
-            self._sigmas, self._sigma = sigmas, float(sigmas[0])
-        return self._sigma
+    text = 0  # tokens of text; older versions tell only the blocks that get the text by itself
 
 
 class _Block:
