@@ -80,7 +80,8 @@ class DragPointsNode(io.ComfyNode):
                 )
             area = movable_area(strokes, *picture.shape[1:3], mask)
         except InvalidPoints:
-            _show(cls.hidden.unique_id, shown)  # without the picture nobody could place the points that are missing
+            if cls.hidden:  # without the picture nobody could place the points that are missing
+                _show(cls.hidden.unique_id, shown)
             raise
         return io.NodeOutput(DragPoints(pairs, picture), area, picture, ui={PICTURE: shown})
 

@@ -86,3 +86,16 @@ except comfy.model_management.InterruptProcessingException:
     print("passed", len(patch.runs))
 """)
     assert out.splitlines()[-1] == "passed 0"
+
+
+def test_a_program_that_calls_drag_points_itself_gets_its_error(inside: Run) -> None:
+    out = inside("""
+from pack.nodes.drag_points import DragPointsNode
+from pack.retrace.drag.points import InvalidPoints
+
+try:
+    DragPointsNode.execute(torch.zeros(1, 8, 8, 3), "")
+except InvalidPoints as error:
+    print(error)
+""")
+    assert out.splitlines()[-1].startswith("Drag Points: there are no points."), out
