@@ -39,6 +39,22 @@ def seed_input(tooltip: str, **more: Any) -> Any:
     return io.Int.Input("seed", **limits, control_after_generate=False, tooltip=tooltip, **more)
 
 
+SAVE_MEMORY = {"auto": None, "on": True, "off": False}
+"""What :func:`save_memory_input` offers, as ``recompute`` of the library."""
+
+
+def save_memory_input() -> Any:
+    """Whether a gradient keeps the whole graph in memory."""
+    return io.Combo.Input(
+        "save_memory",
+        options=list(SAVE_MEMORY),
+        default="auto",
+        tooltip="on: parts of the model are computed twice, which takes a third longer and a fraction of the memory. "
+        "auto: when memory runs out.",
+        **advanced(),
+    )
+
+
 def scheduler_input(tooltip: str) -> Any:
     """One of core's schedulers, by name."""
     names = list(comfy.samplers.SCHEDULER_NAMES)

@@ -7,14 +7,25 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..retrace.drag.edit import MODES, DragSettings
+from ..retrace.drag.edit import DragSettings
 from ..retrace.drag.points import DragPoints, InvalidPoints
+from ..retrace.errors import RetraceError
 from ..retrace.schedule import check_sigmas
 from ..retrace.validation import check_latent, check_mask, describe
 from ._checks import latent_samples, require_trajectory
 from ._errors import reports_errors
 from ._memory import PeakMemory
-from ._schema import Points, Trajectory, advanced, scheduler_input, schema, sigmas_input
+from ._progress import progress_text
+from ._schema import (
+    SAVE_MEMORY,
+    Points,
+    Trajectory,
+    advanced,
+    save_memory_input,
+    scheduler_input,
+    schema,
+    sigmas_input,
+)
 
 BLOCKS = ("auto", "mid.0", "up.0", "up.1", "up.2", "up.3")
 
@@ -52,7 +63,7 @@ class DragLatentOptimizer(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "mode",
-                    options=list(reversed(MODES)),
+                    options=["gooddrag", "dragdiffusion"],
                     default="gooddrag",
                     tooltip="gooddrag: drags and denoises in turns and always compares with the untouched picture; "
                     "arrives more often. dragdiffusion: all changes at one noise level, as in the paper.",
@@ -62,7 +73,7 @@ class DragLatentOptimizer(io.ComfyNode):
                     options=["soft", "hard"],
                     default="soft",
                     tooltip="soft: changes outside the mask cost (the papers' way). hard: the latent there stays "
-                    "exactly as it is; faster, because half of the network is not needed.",
+                    "exactly as it is; faster, because the last part of the network is not run.",
                 ),
                 io.Int.Input(
                     "changes",
@@ -70,7 +81,7 @@ class DragLatentOptimizer(io.ComfyNode):
                     min=0,
                     max=10000,
                     tooltip="Most changes of the latent; it stops when all points have arrived. 0: as the authors do "
-                    "(80, gooddrag 210).",
+                    "(dragdiffusion 80, gooddrag 30 at each of the first levels: 180 with 50 steps and strength 0.7).",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -149,6 +160,7 @@ class DragLatentOptimizer(io.ComfyNode):
                     tooltip="1 for photographs. The cfg of a generated picture; needs a negative.",
                     **advanced(),
                 ),
+                save_memory_input(),
                 io.Boolean.Input(
                     "parity",
                     default=False,
@@ -157,13 +169,16 @@ class DragLatentOptimizer(io.ComfyNode):
                 ),
                 io.Latent.Input("latent", optional=True, tooltip="The picture, from 'VAE Encode'."),
                 io.Mask.Input(
-                    "mask", optional=True, tooltip="Where the picture may change (1 = may). Without one: everywhere."
+                    "mask",
+                    optional=True,
+                    tooltip="Where the picture may change (1 = may). Without one: the noise mask of the latent, if it "
+                    "has one, or everywhere.",
                 ),
                 Trajectory.Input(
                     "trajectory",
                     optional=True,
-                    tooltip="The inversion of the picture, from 'DDIM Inverter'; used instead of 'latent', and not "
-                    "walked again when a point moves.",
+                    tooltip="The inversion of the picture, from 'DDIM Inverter'; used instead of latent, steps, "
+                    "scheduler and sigmas, and not walked again when a point moves.",
                 ),
                 io.Conditioning.Input("negative", optional=True, tooltip="Only for cfg above 1."),
                 sigmas_input(),
@@ -203,6 +218,7 @@ class DragLatentOptimizer(io.ComfyNode):
         inversion: str,
         latent_is: str,
         cfg: float,
+        save_memory: str,
         parity: bool,
         latent: dict[str, Any] | None = None,
         mask: torch.Tensor | None = None,
@@ -218,7 +234,9 @@ class DragLatentOptimizer(io.ComfyNode):
             raise InvalidPoints(f"points: got {describe(points)}, but points are needed. Connect a 'Drag Points'.")
         host = ComfyHost(model)
         samples = None if latent is None else check_latent("latent", latent_samples(latent), host.latent_channels)
-        area = None if mask is None else check_mask("mask", mask)
+        area = _area(mask, latent)
+        if trajectory is not None and sigmas is not None:
+            raise RetraceError("sigmas: a trajectory brings its own noise levels. Disconnect one of the two.")
         settings = DragSettings(
             mode=mode,
             changes=changes or None,
@@ -229,6 +247,7 @@ class DragLatentOptimizer(io.ComfyNode):
             stop_radius=stop_radius,
             hard_mask=mask_mode == "hard",
             block=feature_block,
+            recompute=SAVE_MEMORY[save_memory],
             parity=parity,
         )
         memory = PeakMemory()
@@ -239,6 +258,7 @@ class DragLatentOptimizer(io.ComfyNode):
             points,
             area,
             host.sigmas(scheduler, steps) if sigmas is None else check_sigmas(sigmas),
+            steps,
             strength,
             settings,
             source="noisy" if latent_is == "noisy" else "picture",
@@ -246,7 +266,7 @@ class DragLatentOptimizer(io.ComfyNode):
             negative=negative,
             cfg=cfg,
             inversion="ddim" if inversion == "ddim" else "fixed_point",
-            callback=_progress_text(cls.hidden.unique_id if cls.hidden else None, points.size[1]),
+            callback=_progress(cls.hidden, points.size[1]),
         )
         report = outcome.report(settings, area, memory.megabytes())
         drawn = area if area is not None and area.shape[1:] == points.size else None
@@ -261,15 +281,23 @@ class DragLatentOptimizer(io.ComfyNode):
         )
 
 
-def _progress_text(node_id: Any, width: int) -> Any:
-    """Shows on the node how far the points still have to go, while it runs."""
-    from server import PromptServer
+def _area(mask: torch.Tensor | None, latent: dict[str, Any] | None) -> torch.Tensor | None:
+    """Where the picture may change ``[1, H, W]``: the mask, or what 'Set Latent Noise Mask' has put on the latent."""
+    if mask is None and latent is not None and latent.get("noise_mask") is not None:
+        noise_mask = latent["noise_mask"]
+        mask = noise_mask.reshape(-1, *noise_mask.shape[-2:])
+    if mask is None:
+        return None
+    area = check_mask("mask", mask, allow_empty=True)
+    return area if bool(area.any()) else None
 
-    server = getattr(PromptServer, "instance", None)
+
+def _progress(hidden: Any, width: int) -> Any:
+    """Shows on the node how far the points still have to go, while it runs."""
+    write = progress_text(hidden)
 
     def show(change: int, most: int, distances: list[float]) -> None:
-        if server is not None and node_id is not None:
-            left = ", ".join(f"{distance * width:.0f}" for distance in distances[:8])
-            server.send_progress_text(f"change {change} of {most}: {left} pixels to go", node_id)
+        left = ", ".join(f"{distance * width:.0f}" for distance in distances[:8])
+        write(f"change {change} of {most}: {left} pixels to go")
 
     return show

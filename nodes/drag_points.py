@@ -57,7 +57,12 @@ class DragPointsNode(io.ComfyNode):
                     display_name="mask",
                     tooltip="The part that may change: the mask with the brush strokes; everything without either.",
                 ),
-                io.Image.Output("picture", display_name="image", tooltip="The picture, as it came in."),
+                io.Image.Output(
+                    "picture",
+                    display_name="image",
+                    tooltip="The picture, as it came in. Encode the one that goes in here, not this one: then moving a "
+                    "point does not train or invert again.",
+                ),
             ],
         )
 

@@ -11,9 +11,8 @@ from ..retrace.loss_plot import loss_picture, running_mean
 from ._checks import latent_samples
 from ._errors import reports_errors
 from ._memory import PeakMemory
-from ._schema import advanced, schema, seed_input
-
-_RECOMPUTE = {"auto": None, "on": True, "off": False}
+from ._progress import progress_text
+from ._schema import SAVE_MEMORY, advanced, save_memory_input, schema, seed_input
 
 
 class IdentityLora(io.ComfyNode):
@@ -70,14 +69,7 @@ class IdentityLora(io.ComfyNode):
                     "more memory; the LoRA is the same.",
                     **advanced(),
                 ),
-                io.Combo.Input(
-                    "save_memory",
-                    options=list(_RECOMPUTE),
-                    default="auto",
-                    tooltip="on: parts of the model are computed twice, which takes a third longer and a fraction of "
-                    "the memory. auto: when memory runs out.",
-                    **advanced(),
-                ),
+                save_memory_input(),
                 io.Float.Input(
                     "weight_decay",
                     default=1e-2,
@@ -124,11 +116,10 @@ class IdentityLora(io.ComfyNode):
 
         samples = latent_samples(latent)
         training = LoraTraining(
-            rank, steps, learning_rate, batch_size, at_once, weight_decay, _RECOMPUTE[save_memory], seed
+            rank, steps, learning_rate, batch_size, at_once, weight_decay, SAVE_MEMORY[save_memory], seed
         )
         memory = PeakMemory()
-        show = _progress_text(cls.hidden.unique_id if cls.hidden else None)
-        trained = train_lora(ComfyHost(model), samples, positive, training, show)
+        trained = train_lora(ComfyHost(model), samples, positive, training, _progress(cls.hidden))
         losses = trained.result.losses
         report = trained.report(memory.megabytes())
         shown: dict[str, Any] = ui.PreviewImage(loss_picture(losses), cls=cls).as_dict()
@@ -141,17 +132,13 @@ class IdentityLora(io.ComfyNode):
         )
 
 
-def _progress_text(node_id: Any) -> Any:
+def _progress(hidden: Any) -> Any:
     """Shows on the node how the loss goes, while it runs."""
-    from server import PromptServer
-
-    server = getattr(PromptServer, "instance", None)
+    write = progress_text(hidden)
     losses: list[float] = []
 
     def show(step: int, total: int, loss: float) -> None:
         losses.append(loss)
-        if server is not None and node_id is not None:
-            text = f"step {step} of {total}: loss {running_mean(losses)[-1]:.4f} on average"
-            server.send_progress_text(text, node_id)
+        write(f"step {step} of {total}: loss {running_mean(losses)[-1]:.4f} on average")
 
     return show

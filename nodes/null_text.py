@@ -10,6 +10,7 @@ from ..retrace.null_text import MODES
 from ._checks import require_trajectory
 from ._errors import reports_errors
 from ._memory import PeakMemory
+from ._progress import progress_text
 from ._schema import Trajectory, advanced, schema, seed_input
 
 
@@ -141,7 +142,7 @@ class NullTextOptimizer(io.ComfyNode):
             early_stop=early_stop,
             seed=seed,
             start="cond" if start == "positive" else "uncond",
-            callback=_progress_text(cls.hidden.unique_id if cls.hidden else None),
+            callback=_progress(cls.hidden),
         )
         report = optimised.report(memory.megabytes())
         return io.NodeOutput(
@@ -153,15 +154,11 @@ class NullTextOptimizer(io.ComfyNode):
         )
 
 
-def _progress_text(node_id: Any) -> Any:
+def _progress(hidden: Any) -> Any:
     """Shows on the node how each step went, while it runs."""
-    from server import PromptServer
-
-    server = getattr(PromptServer, "instance", None)
+    write = progress_text(hidden)
 
     def show(step: int, total: int, iterations: int, loss: float, psnr: float) -> None:
-        if server is not None and node_id is not None:
-            text = f"step {step} of {total}: {iterations} changes, loss {loss:.1e}, {psnr:.1f} dB from the path"
-            server.send_progress_text(text, node_id)
+        write(f"step {step} of {total}: {iterations} changes, loss {loss:.1e}, {psnr:.1f} dB from the path")
 
     return show

@@ -17,7 +17,7 @@ from ..errors import InvalidSchedule
 from ..sampling import require_finite
 from .motion import FeatureGrid, arrived, patch_sum, square, track
 from .optimise import Dragged
-from .task import Changes, DragTask, Look, check_single
+from .task import Changes, DragTask, Look, Trace, check_single
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class GoodDragOptions:
     levels: int | None = None  # at how many noise levels it drags, counted from the first; None: see `levels_of`
     rounds: int = 10  # how often the points are found again at each of them
     changes: int = 3  # per round
+    limit: int | None = None  # changes in all, at most
     learning_rate: float = 0.02
     patch_radius: int = 4
     search_radius: int = 12
@@ -59,6 +60,8 @@ def anchored_loss(
 def good_drag(task: DragTask, x: Tensor, sigmas: Tensor, options: GoodDragOptions) -> Dragged:
     """Drag ``x`` ``[1, C, h, w]`` at level ``sigmas[0]``; the result is some steps further down.
 
+    ``parity`` ends there; otherwise one more look tells where the points are in the end.
+
     Raises:
         InvalidImage: a batch.
         InvalidSchedule: a single step.
@@ -70,28 +73,34 @@ def good_drag(task: DragTask, x: Tensor, sigmas: Tensor, options: GoodDragOption
     x = x.to(task.model.device, torch.float32)
     levels = [float(s) for s in sigmas.tolist()]
     untouched = _Untouched(task, x, levels)
+    turns = _Turns(task, options, options.limit or most * options.rounds * options.changes)
     z, handles = task.unit(x, levels[0]), task.handles
-    total = most * options.rounds * options.changes
-    turns = _Turns(task, options, total)
     level = 0
     while level < most and not turns.finished:
-        z, handles = turns.at_level(z, handles, untouched.look(level), levels[level], levels[level + 1], level)
-        z = _denoised_step(task, z, levels[level], levels[level + 1])
+        z, handles = turns.at_level(z, handles, untouched.look(level), levels[level], levels[level + 1])
+        z = _step_down(task, z, levels[level], levels[level + 1])
         level += 1
+        if task.hard_mask:
+            z = torch.lerp(untouched.z[level], z, task.mask)
         require_finite(z, level, most, levels[level])
+    if not options.parity and turns.done:
+        look = task.look(z, levels[level], levels[level + 1])
+        handles = turns.found(look, task.templates(untouched.look(level).features), handles)
+    reference = task.noisy(untouched.z[level], levels[level])
     return Dragged(
-        reference=untouched.latent(level),
-        edited=task.noisy(z, levels[level]),
+        reference=reference,
+        edited=reference + task.noisy(z - untouched.z[level], levels[level]),  # the same bits where nothing changed
         sigmas=sigmas[level:],
-        path=torch.stack(task.path),
+        path=torch.stack(turns.trace.path),
         distances=(task.targets - handles).norm(dim=1),
         grid=task.grid,
-        losses=task.losses,
+        losses=turns.trace.losses,
         changes=turns.done,
         evaluations=task.model.evaluations - before,
-        backwards=task.backwards,
+        backwards=turns.trace.backwards,
         seconds=time.perf_counter() - started,
         stop_radius=options.stop_radius,
+        recompute=task.recompute,
     )
 
 
@@ -113,78 +122,66 @@ def levels_of(steps: int, options: GoodDragOptions) -> int:
 
 
 class _Untouched:
-    """The picture on its own way down, looked at once per level."""
+    """The picture on its own way down: unit latents ``z`` of all levels so far, and a look at the newest."""
 
     def __init__(self, task: DragTask, x: Tensor, levels: list[float]) -> None:
         self.task, self.levels = task, levels
         self.z = [task.unit(x, levels[0])]
-        self.looks: list[Look] = []
+        self._newest: Look | None = None
 
     def look(self, level: int) -> Look:
-        while len(self.looks) <= level:
-            i = len(self.looks)
-            look = self.task.look(self.z[i], self.levels[i], self.levels[i + 1], whole=True)
-            assert look.below is not None
-            self.looks.append(look)
-            self.z.append(look.below)
-        return self.looks[level]
-
-    def latent(self, level: int) -> Tensor:
-        return self.task.noisy(self.z[level], self.levels[level])
+        """The look at a level; they come in order, each when the last one is no longer needed."""
+        if self._newest is None or len(self.z) == level + 1:
+            self._newest = self.task.look(self.z[level], self.levels[level], self.levels[level + 1], whole=True)
+            assert self._newest.below is not None
+            self.z.append(self._newest.below)
+        return self._newest
 
 
 class _Turns:
     """The changes of all levels; it remembers when to give up."""
 
-    def __init__(self, task: DragTask, options: GoodDragOptions, total: int) -> None:
-        self.task, self.options, self.total = task, options, total
+    def __init__(self, task: DragTask, options: GoodDragOptions, most: int) -> None:
+        self.task, self.options, self.most = task, options, most
+        self.trace = Trace()
         self.done = 0
         self.still = 0
         self.finished = False
 
     def at_level(
-        self, z: Tensor, handles: Tensor, first: Look, sigma: float, sigma_next: float, level: int
+        self, z: Tensor, handles: Tensor, first: Look, sigma: float, sigma_next: float
     ) -> tuple[Tensor, Tensor]:
         """The latent and the handles after the changes at one noise level."""
         task, options = self.task, self.options
         templates = task.templates(first.features)
-        changes = Changes(task, z, options.learning_rate)
-        preview = first.denoised
-        with task.model.differentiable():
+        changes = Changes(task, self.trace, z, options.learning_rate)
+        with task.model.differentiable(recompute=task.recompute):
             for step in range(options.rounds * options.changes):
                 look = task.look(changes.z, sigma, sigma_next)
                 if step == 0:  # the denoising step has moved the picture, too
-                    handles = track(look.features, templates, handles, options.search_radius)
-                    task.note(handles)
-                if self.still == options.patience or bool(arrived(handles, task.targets, options.stop_radius).all()):
+                    handles = self.found(look, templates, handles)
+                if bool(arrived(handles, task.targets, options.stop_radius).all()):
                     self.finished = True
                     break
                 loss = anchored_loss(first.features, look.features, task.handles, handles, task.targets, options)
-                loss = loss + options.mask_weight * task.background(look, first.below)
-                task.losses.append(float(loss.detach()))
-                changes.apply(loss)
-                self.done += 1
+                self.done += changes.apply(loss + options.mask_weight * task.background(look, first.below))
                 if (step + 1) % options.changes == 0:
-                    handles = self._track(look, templates, handles)
-                self._report(look.denoised if look.denoised is not None else preview, handles, level, step)
-        self.finished = self.finished or self.still == options.patience
+                    before, handles = handles, self.found(look, templates, handles)
+                    self.still = self.still + 1 if bool((handles == before).all()) else 0
+                task.report(self.done, self.most, handles, first.denoised if look.denoised is None else look.denoised)
+                if self.still == options.patience or self.done >= self.most:
+                    self.finished = True
+                    break
         return changes.z.detach(), handles
 
-    def _track(self, look: Look, templates: Tensor, handles: Tensor) -> Tensor:
-        found = track(look.features, templates, handles, self.options.search_radius)
-        self.still = self.still + 1 if bool((found == handles).all()) else 0
-        self.task.note(found)
-        return found
-
-    def _report(self, denoised: Tensor | None, handles: Tensor, level: int, step: int) -> None:
-        position = level * self.options.rounds * self.options.changes + step + 1
-        if self.task.callback is not None:
-            distances = ((self.task.targets - handles).norm(dim=1) / self.task.grid[1]).tolist()
-            self.task.callback(position, self.total, distances)
-        self.task.model.progress(position, self.total, None if denoised is None else denoised.detach())
+    def found(self, look: Look, templates: Tensor, handles: Tensor) -> Tensor:
+        """Where the points are in ``look``."""
+        handles = track(look.features, templates, handles, self.options.search_radius)
+        self.trace.path.append(handles)
+        return handles
 
 
-def _denoised_step(task: DragTask, z: Tensor, sigma: float, sigma_next: float) -> Tensor:
+def _step_down(task: DragTask, z: Tensor, sigma: float, sigma_next: float) -> Tensor:
     below = task.look(z, sigma, sigma_next, whole=True).below
     assert below is not None
     return below

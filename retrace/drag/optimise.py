@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..sampling import require_finite
 from .motion import arrived, motion_loss, track
-from .task import Changes, DragTask, check_single
+from .task import Changes, DragTask, Trace, check_single
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Dragged:
     backwards: int
     seconds: float
     stop_radius: float
+    recompute: bool
 
     @property
     def arrived(self) -> int:
@@ -69,55 +70,50 @@ def drag(task: DragTask, x: Tensor, sigmas: Tensor, options: DragOptions) -> Dra
         RetraceError: NaN from the model.
     """
     check_single(x)
-    started, before = time.perf_counter(), task.model.evaluations
+    started, before, trace = time.perf_counter(), task.model.evaluations, Trace()
     sigma, sigma_next = float(sigmas[0]), float(sigmas[1])
     x = x.to(task.model.device, torch.float32)
-    changes = Changes(task, task.unit(x, sigma), options.learning_rate)
-    handles = task.handles
+    changes = Changes(task, trace, task.unit(x, sigma), options.learning_rate)
+    handles, templates, anchor = task.handles, None, None
     done = 0
-    first = preview = None
-    if task.hard:  # no look gives a clean estimate, so the first one is moved along for the preview
+    preview = None
+    if task.cut:  # no look gives a clean estimate, so the first one is moved along for the preview
         preview = task.look(changes.held, sigma, sigma_next, whole=True).denoised
-    with task.model.differentiable():
-        for change in range(options.changes):
+    with task.model.differentiable(recompute=task.recompute):
+        while done < options.changes:
             look = task.look(changes.z, sigma, sigma_next)
-            if first is None:
-                first = look
+            if templates is None:
                 templates = task.templates(look.features)
                 anchor = None if look.below is None else look.below.detach()
             else:
                 handles = track(look.features, templates, handles, options.search_radius)
-            distances = task.note(handles)
+            trace.path.append(handles)
             if bool(arrived(handles, task.targets, options.stop_radius).all()):
                 break
             loss = motion_loss(look.features, handles, task.targets, options.patch_radius, options.stop_radius)
-            loss = loss + options.mask_weight * task.background(look, anchor)
-            task.losses.append(float(loss.detach()))
-            changes.apply(loss)
-            done = change + 1
+            done += changes.apply(loss + options.mask_weight * task.background(look, anchor))
             shown = look.denoised
             if preview is not None:
                 shown = preview + task.noisy(changes.z.detach() - changes.held, sigma)
-            if task.callback is not None:
-                task.callback(done, options.changes, distances)
-            task.model.progress(done, options.changes, None if shown is None else shown.detach())
+            task.report(done, options.changes, handles, shown)
     z = changes.z.detach()
     require_finite(z, done, options.changes, sigma)
-    if not options.parity and done == options.changes and done:
+    if not options.parity and done == options.changes and templates is not None:
         last = task.look(z, sigma, sigma_next)
         handles = track(last.features, templates, handles, options.search_radius)
-        task.note(handles)
+        trace.path.append(handles)
     return Dragged(
         reference=x,
         edited=x + task.noisy(z - changes.held, sigma),  # where nothing changed, that is x to the bit
         sigmas=sigmas,
-        path=torch.stack(task.path),
+        path=torch.stack(trace.path),
         distances=(task.targets - handles).norm(dim=1),
         grid=task.grid,
-        losses=task.losses,
+        losses=trace.losses,
         changes=done,
         evaluations=task.model.evaluations - before,
-        backwards=task.backwards,
+        backwards=trace.backwards,
         seconds=time.perf_counter() - started,
         stop_radius=options.stop_radius,
+        recompute=task.recompute,
     )

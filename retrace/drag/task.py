@@ -17,7 +17,8 @@ GRADIENT_SCALE = 1024.0  # keeps small gradients of networks in half precision f
 MOST_OVERFLOWS = 4
 
 Callback = Callable[[int, int, list[float]], None]
-"""``(change, at most, distance of every point to its target)`` in shares of the picture's width, after each change."""
+"""``(change, at most, distances)`` after each change; how far every point was from its target when last looked for, in
+shares of the picture's width."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,15 @@ class Look:
 
 
 @dataclass
+class Trace:
+    """What happened on the way: where the points were found, the losses, and how many backward passes there were."""
+
+    path: list[Tensor] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    backwards: int = 0
+
+
+@dataclass(frozen=True)
 class DragTask:
     """One latent ``[1, C, h, w]``, its points on a grid, and what of it may change.
 
@@ -37,9 +47,10 @@ class DragTask:
     and weights are meant; flow models keep theirs.
 
     ``mask`` ``[1, 1, h, w]`` is 1 where the latent may change. Soft: what is outside may change but the change of the
-    next lower latent is punished, as in the papers. ``hard``: it stays exactly; then nothing beyond the block is needed
-    of the network (as in DragFlow). ``uncond`` and ``scale``: guidance of a generated picture, whose features are those
-    of both conditions, weighted as the reference does.
+    next lower latent is punished, as in the papers. ``hard_mask``: it stays exactly, as in DragFlow. ``cut``: nothing
+    is asked of the network beyond the block, because there is nothing to punish. ``uncond`` and ``scale``: guidance of
+    a generated picture, whose features are those of both conditions, weighted as the reference does. ``recompute``: see
+    :meth:`Denoiser.differentiable`.
     """
 
     model: Denoiser
@@ -49,17 +60,12 @@ class DragTask:
     grid: tuple[int, int]
     block: str
     mask: Tensor
-    hard: bool = False
+    hard_mask: bool = False
+    cut: bool = False
     uncond: Conditioning | None = None
     scale: float = 1.0
+    recompute: bool = False
     callback: Callback | None = None
-    backwards: int = 0
-    losses: list[float] = field(default_factory=list)
-    path: list[Tensor] = field(default_factory=list)
-
-    @property
-    def guides(self) -> bool:
-        return self.uncond is not None and self.scale > 1
 
     def unit(self, x: Tensor, sigma: float) -> Tensor:
         return x / variance_scale(sigma, self.model.parametrisation)
@@ -70,8 +76,8 @@ class DragTask:
     def look(self, z: Tensor, sigma: float, sigma_next: float, *, whole: bool = False) -> Look:
         """Features of ``z`` at level ``sigma``; unless cut, also the latent one DDIM step below and the clean one."""
         x = self.noisy(z, sigma)
-        conds = [self.uncond, self.cond] if self.guides and self.uncond is not None else [self.cond]
-        if self.hard and not whole:
+        conds = [self.cond] if self.uncond is None else [self.uncond, self.cond]
+        if self.cut and not whole:
             maps = [self.model.features_of(x, sigma, cond, self.block) for cond in conds]
             return Look(self._grid(torch.cat(maps)))
         with self.model.features([self.block]) as kept:
@@ -92,35 +98,38 @@ class DragTask:
 
     def background(self, look: Look, anchor: Tensor | None) -> Tensor | float:
         """How far the next lower latent has left ``anchor`` outside the mask: the sum of absolute differences."""
-        if self.hard or look.below is None or anchor is None:
+        if look.below is None or anchor is None:
             return 0.0
         return ((look.below - anchor) * (1 - self.mask)).abs().sum()
 
-    def note(self, handles: Tensor) -> list[float]:
-        """Keep where the points are; gives their distances to the targets in shares of the picture's width."""
-        self.path.append(handles.clone())
-        return ((self.targets - handles).norm(dim=1) / self.grid[1]).tolist()
+    def report(self, change: int, most: int, handles: Tensor, denoised: Tensor | None) -> None:
+        """Tell the callback and the host that ``change`` of ``most`` is done; raises what stops the run."""
+        if self.callback is not None:
+            self.callback(change, most, ((self.targets - handles).norm(dim=1) / self.grid[1]).tolist())
+        self.model.progress(change, most, None if denoised is None else denoised.detach())
 
 
 class Changes:
     """Adam on one latent, with the gradient scaled against underflow and the outside put back where it must stay."""
 
-    def __init__(self, task: DragTask, z: Tensor, learning_rate: float) -> None:
-        self.task = task
+    def __init__(self, task: DragTask, trace: Trace, z: Tensor, learning_rate: float) -> None:
+        self.task, self.trace = task, trace
         self.held = z.detach().clone()
         self.z = z.detach().clone().requires_grad_()
         self._adam = torch.optim.Adam([self.z], lr=learning_rate)
         self._scale = GRADIENT_SCALE
         self._overflows = 0
 
-    def apply(self, loss: Tensor) -> None:
-        """One backward pass and one step. A gradient that overflows is left out, and the next one scaled less.
+    def apply(self, loss: Tensor) -> bool:
+        """One backward pass and one step; whether there was one.
+
+        A gradient that overflows is left out, and the next one scaled less.
 
         Raises:
             RetraceError: it keeps overflowing.
         """
         (gradient,) = torch.autograd.grad(loss * self._scale, [self.z])
-        self.task.backwards += 1
+        self.trace.backwards += 1
         if not bool(torch.isfinite(gradient).all()):
             self._scale /= 16
             self._overflows += 1
@@ -129,13 +138,15 @@ class Changes:
                     "The gradient of the drag is NaN or infinite. Run the model in 32-bit or bf16 (fp16 overflows in "
                     "some models), or check that the latent and the words belong to this model."
                 )
-            return
+            return False
         self._overflows = 0
+        self.trace.losses.append(float(loss.detach()))
         self.z.grad = gradient / self._scale
         self._adam.step()
-        if self.task.hard:
+        if self.task.hard_mask:
             with torch.no_grad():
                 self.z.copy_(torch.lerp(self.held, self.z, self.task.mask))
+        return True
 
 
 def choose_block(model: Denoiser, block: str) -> str:
@@ -158,7 +169,9 @@ def choose_block(model: Denoiser, block: str) -> str:
 
 
 def check_single(x: Tensor) -> None:
-    """Raise :class:`InvalidImage` unless ``x`` is the latent of one picture."""
+    """Raise :class:`InvalidImage` unless ``x`` is the latent of one picture, and not an empty one."""
+    if not bool(torch.count_nonzero(x)):
+        raise InvalidImage("latent: it is empty. Connect the picture that shall be dragged, from 'VAE Encode'.")
     if len(x) != 1:
         raise InvalidImage(
             f"latent: got a batch of {len(x)} pictures, but points belong to one. Take it out with 'Latent From Batch'."

@@ -36,6 +36,7 @@ def optimiser(**changes: Any) -> dict[str, Any]:
         "inversion": "ddim",
         "latent_is": "picture",
         "cfg": 1.0,
+        "save_memory": "auto",
         "parity": False,
         "latent": ["encode", 0],
         "mask": ["points", 1],
@@ -108,6 +109,29 @@ def test_a_generated_picture_is_dragged_on_its_way(server: ComfyServer) -> None:
     assert torch.isfinite(graphs.latent(server, result, "save")).all()
 
 
+def test_a_point_that_moves_does_not_train_the_lora_again(server: ComfyServer) -> None:
+    def graph(x: float) -> graphs.Graph:
+        made = dragged(json.dumps([{**PAIR, "target": [x, 0.5]}]), model=["lora", 0], changes=1)
+        training = {"rank": 1, "steps": 1, "learning_rate": 5e-4, "batch_size": 1, "seed": 0}
+        training |= {"at_once": 1, "save_memory": "auto", "weight_decay": 0.0}
+        words = {"model": ["pebble", 0], "positive": ["caption", 0], "latent": ["encode", 0]}
+        made["lora"] = graphs.node("RetraceIdentityLoRA", **words, **training)
+        made["control"]["inputs"]["model"] = ["lora", 0]
+        return made
+
+    assert "lora" in server.run(graph(0.7)).executed_nodes
+    moved = server.run(graph(0.71)).executed_nodes
+    assert "drag" in moved and "lora" not in moved and "encode" not in moved
+
+
+def test_the_noise_mask_of_a_latent_says_what_may_change(server: ComfyServer) -> None:
+    graph = dragged(mask=None, mask_mode="hard", latent=["masked", 0])
+    graph["masked"] = graphs.node("SetLatentNoiseMask", samples=["encode", 0], mask=["scene", 1])
+    start = graphs.latent(server, server.run(graph), "save_start")
+    outside = (graphs.grid_mask(server) == 0).expand(1, 4, 16, 16)
+    assert torch.equal(start[1:][outside], start[:1][outside]) and not torch.equal(start[0], start[1])
+
+
 def test_what_cannot_be_dragged_is_said(server: ComfyServer) -> None:
     optimiser = "RetraceDragLatentOptimizer"
     graphs.fails(server, dragged(points="[]"), "RetraceDragPoints", "no points")
@@ -118,6 +142,19 @@ def test_what_cannot_be_dragged_is_said(server: ComfyServer) -> None:
     graphs.fails(server, batch, optimiser, "batch of 2")
     other = {**dragged(mask=["wide", 0]), "wide": graphs.solid_mask(1.0, 256, 128)}
     graphs.fails(server, other, optimiser, "proportions")
+    area = dragged(positive=["area", 0])
+    area["area"] = graphs.node(
+        "ConditioningSetArea", conditioning=["caption", 0], width=64, height=128, x=0, y=0, strength=1.0
+    )
+    graphs.fails(server, area, optimiser, "positive", "a part of the picture")
+    late = dragged(positive=["late", 0])
+    late["late"] = graphs.node("ConditioningSetTimestepRange", conditioning=["caption", 0], start=0.8, end=1.0)
+    graphs.fails(server, late, optimiser, "positive", "a part of the steps")
+    graphs.fails(server, dragged(latent_is="noisy"), optimiser, "noise level", "leftover noise")
+    both = dragged(trajectory=["invert", 1], sigmas=["levels", 0])
+    schedule = {"model": ["pebble", 0], "scheduler": "normal", "steps": 6, "denoise": 1.0}
+    both |= {"invert": graphs.inverter(steps=6), "levels": graphs.node("BasicScheduler", **schedule)}
+    graphs.fails(server, both, optimiser, "sigmas", "trajectory")
     sampled = dragged()
     sampled["one"] = graphs.node("LatentFromBatch", samples=["drag", 0], batch_index=1, length=1)
     sampled["sample"]["inputs"]["latent_image"] = ["one", 0]

@@ -59,6 +59,14 @@ def test_a_cut_network_takes_the_same_first_step(subject: Any) -> None:
     torch.testing.assert_close(cut.edited[inside], whole.edited[inside], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("settings", [{}, {"hard_mask": True}, {"mode": "gooddrag"}], ids=["soft", "hard", "gooddrag"])
+def test_blocks_that_are_computed_twice_change_nothing(subject: Any, settings: dict[str, Any]) -> None:
+    kept = dragged(subject, inversion=None, settings={**settings, "recompute": False})
+    twice = dragged(subject, inversion=None, settings={**settings, "recompute": True})
+    torch.testing.assert_close(twice.edited, kept.edited, rtol=1e-4, atol=1e-4)
+    assert (twice.evaluations, twice.backwards) == (kept.evaluations, kept.backwards)
+
+
 def test_a_noisy_latent_is_dragged_where_it_is(subject: Any) -> None:
     made = dragged(subject, inversion=None)
     torch.testing.assert_close(made.reference, subject.host.encode_image(POINTS.picture).float().cpu())

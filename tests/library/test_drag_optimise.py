@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from retrace.drag.edit import DragSettings, drag_points, movable
 from retrace.drag.gooddrag import GoodDragOptions, levels_of
 from retrace.drag.optimise import Dragged, DragOptions
 from retrace.drag.points import DragPoints, InvalidPoints, PointPair
-from retrace.drag.task import Changes, DragTask
+from retrace.drag.task import Changes, DragTask, Trace
 from retrace.errors import InvalidImage, InvalidSchedule, RetraceError, UnsupportedModel
 from retrace.host import Parametrisation
 
@@ -35,6 +35,8 @@ class Mirror:
     factor: float = 1.0
     reports: list[tuple[int, int, bool]] = field(default_factory=list)
     kept: dict[str, Tensor] = field(default_factory=dict)
+    recomputed: list[bool] = field(default_factory=list)
+    memory: Exception | None = None  # raised where a whole graph would be kept
 
     def _features(self, x: Tensor, cond: float) -> Tensor:
         return F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1) * cond * self.factor
@@ -60,7 +62,10 @@ class Mirror:
         self.kept = {}
 
     @contextmanager
-    def differentiable(self) -> Iterator[None]:
+    def differentiable(self, *, recompute: bool = False) -> Iterator[None]:
+        self.recomputed.append(recompute)
+        if self.memory is not None and not recompute:
+            raise self.memory
         with torch.enable_grad():
             yield
 
@@ -98,12 +103,14 @@ def test_a_point_arrives() -> None:
 def test_every_change_is_one_look_and_one_backward_pass() -> None:
     model = Mirror()
     made = run(model, changes=5)
-    assert (made.changes, made.evaluations, made.backwards, len(made.losses)) == (5, 6, 5, 5)
-    assert len(made.path) == 6  # one look more tells where the last change led
+    # One look more tells where the last change led. Without a mask nothing is punished, so the network is cut; the
+    # whole of it runs once, for the preview.
+    assert (made.changes, made.evaluations, made.backwards, len(made.losses)) == (5, 7, 5, 5)
+    assert (len(made.path), model.cut) == (6, 6)
     assert model.reports == [(i, 5, True) for i in range(1, 6)]
     exact = run(Mirror(), changes=5, parity=True)
     assert (exact.evaluations, len(exact.path)) == (5, 5)
-    assert torch.equal(exact.edited, made.edited)
+    torch.testing.assert_close(exact.edited, made.edited)
 
 
 def test_a_hard_mask_cuts_the_network_and_leaves_the_outside_bit_identical() -> None:
@@ -177,7 +184,15 @@ def test_what_cannot_be_dragged_is_said() -> None:
     with pytest.raises(RetraceError, match=r"up\.7.*mid\.0, up\.0, up\.1"):
         run(Mirror(), block="up.7")
     with pytest.raises(RetraceError, match="swirl"):
-        run(Mirror(), mode="swirl")  # type: ignore[arg-type]
+        DragSettings(mode="swirl")  # type: ignore[arg-type]
+    with pytest.raises(RetraceError, match=r"patch_radius: got 0.*at least 1.*gooddrag"):
+        DragSettings(mode="gooddrag", patch_radius=0)
+    with pytest.raises(RetraceError, match="changes: got 0"):
+        DragSettings(changes=0)
+    with pytest.raises(RetraceError, match="learning_rate: got nan"):
+        DragSettings(learning_rate=float("nan"))
+    with pytest.raises(InvalidImage, match="empty"):
+        drag_points(Mirror(), torch.zeros(1, 4, 16, 16), SIGMAS, 1.0, RIGHT, None, DragSettings(), inversion=None)  # type: ignore[arg-type]
     with pytest.raises(InvalidSchedule, match="only 1 step"):
         drag_points(Mirror(), blob(8, 5), SIGMAS[:2], 1.0, RIGHT, None, DragSettings(mode="gooddrag"), inversion=None)  # type: ignore[arg-type]
     with pytest.raises(InvalidImage, match="batch of 2"):
@@ -190,7 +205,8 @@ def test_gooddrag_drags_and_denoises_in_turns() -> None:
     # Nine steps are left, so it drags at two levels: two rounds of three changes at each of them.
     assert made.changes == made.backwards == 12
     assert made.sigmas.tolist() == SIGMAS[2:].tolist()
-    assert made.evaluations == 12 + 2 + 2  # the changes, the untouched picture, the steps down
+    # The changes, the untouched picture, the steps down, and a look at both where it ends.
+    assert made.evaluations == 12 + 2 + 2 + 2
     # The clean estimate of this model is the latent, so a step down leaves it as it is.
     torch.testing.assert_close(made.reference, blob(8, 5.5) * 17**0.5)
 
@@ -228,16 +244,19 @@ def test_guidance_weights_the_features_of_both_conditions() -> None:
     torch.testing.assert_close(at, torch.cat([(1 - share) * plain, share * 2 * plain]))
     assert look.denoised is not None
     torch.testing.assert_close(look.denoised, x + 7.5 * (2 * x - x))
-    cut = DragTask(**{**task.__dict__, "hard": True}).look(x, 0.0, 0.0)
+    cut = replace(task, cut=True).look(x, 0.0, 0.0)
     torch.testing.assert_close(cut.features.at(torch.tensor([[8.0, 8.0]]))[0], at)
 
 
 def test_a_gradient_that_overflows_is_left_out_and_one_that_keeps_doing_so_is_an_error() -> None:
     task = DragTask(Mirror(), 1.0, torch.zeros(1, 2), torch.zeros(1, 2), (8, 8), "up.0", torch.ones(1, 1, 8, 8))  # type: ignore[arg-type]
-    changes = Changes(task, torch.zeros(1, 1, 8, 8), 0.1)
-    changes.apply((changes.z.half() * 100).sum().float())  # overflows in half precision, at the next scale not
-    assert torch.equal(changes.z.detach(), changes.held)
-    changes.apply((changes.z.half() * 100).sum().float())
+    trace = Trace()
+    changes = Changes(task, trace, torch.zeros(1, 1, 8, 8), 0.1)
+    # Overflows in half precision, at the next scale not.
+    assert not changes.apply((changes.z.half() * 100).sum().float())
+    assert torch.equal(changes.z.detach(), changes.held) and trace.losses == []
+    assert changes.apply((changes.z.half() * 100).sum().float())
+    assert (trace.backwards, len(trace.losses)) == (2, 1)
     assert not torch.equal(changes.z.detach(), changes.held)
     with pytest.raises(RetraceError, match="NaN or infinite"):
         for _ in range(8):
@@ -248,7 +267,7 @@ def test_settings_become_options_of_their_mode() -> None:
     assert DragSettings().options(35) == DragOptions()
     assert DragSettings(mode="gooddrag").options(38) == GoodDragOptions()
     given = DragSettings(mode="gooddrag", changes=63, learning_rate=0.5, search_radius=5).options(38)
-    assert given == GoodDragOptions(rounds=3, learning_rate=0.5, search_radius=5)
+    assert given == GoodDragOptions(rounds=3, limit=63, learning_rate=0.5, search_radius=5)
     assert DragSettings(changes=7, patch_radius=0, mask_weight=0.0).options(35) == DragOptions(
         changes=7, patch_radius=0, mask_weight=0.0
     )
@@ -258,3 +277,42 @@ def test_gooddrag_drags_at_the_same_part_of_any_schedule() -> None:
     assert [levels_of(steps, GoodDragOptions()) for steps in (38, 35, 18, 7, 3, 2)] == [7, 6, 3, 1, 1, 1]
     assert levels_of(35, GoodDragOptions(parity=True)) == 7
     assert levels_of(35, GoodDragOptions(levels=50)) == 34
+
+
+def test_gooddrag_makes_no_more_changes_than_it_may() -> None:
+    made = [run(Mirror(), mode="gooddrag", changes=n, learning_rate=1e-6).changes for n in (1, 5, 10)]
+    assert made == [1, 5, 10]
+
+
+def test_gooddrag_keeps_what_a_hard_mask_does_not_free() -> None:
+    mask = torch.zeros(1, 128, 128)
+    mask[:, 40:90, 30:100] = 1
+    made = run(Mirror(factor=0.5), mask=mask, mode="gooddrag", hard_mask=True, changes=9)
+    outside = (movable(mask, 16, 16) == 0).expand(1, 4, 16, 16)
+    assert torch.equal(made.edited[outside], made.reference[outside])
+    assert not torch.equal(made.edited, made.reference)
+
+
+def test_an_empty_mask_is_none() -> None:
+    assert movable(torch.zeros(1, 64, 64), 16, 16).all()
+    assert torch.equal(run(Mirror(), mask=torch.zeros(1, 64, 64), changes=2).edited, run(Mirror(), changes=2).edited)
+
+
+def test_a_drag_that_runs_out_of_memory_begins_again_with_less() -> None:
+    model = Mirror(memory=MemoryError("no room"))
+    made = run(model, changes=3)
+    assert model.recomputed == [False, True] and made.recompute and made.changes == 3
+    assert not run(Mirror(), changes=3).recompute
+    with pytest.raises(MemoryError):
+        run(Mirror(memory=MemoryError("no room")), changes=3, recompute=False)
+    with pytest.raises(ValueError, match="something else"):
+        run(Mirror(memory=ValueError("something else")), changes=3)
+
+
+def test_mistakes_are_said_before_the_inversion() -> None:
+    model = Mirror()
+    with pytest.raises(InvalidImage, match="batch of 2"):
+        drag_points(model, blob(8, 5).repeat(2, 1, 1, 1), SIGMAS, 1.0, RIGHT, None, DragSettings())  # type: ignore[arg-type]
+    with pytest.raises(InvalidSchedule, match="only 1 step"):
+        drag_points(model, blob(8, 5), SIGMAS[:2], 1.0, RIGHT, None, DragSettings(mode="gooddrag", changes=3))  # type: ignore[arg-type]
+    assert model.evaluations == 0

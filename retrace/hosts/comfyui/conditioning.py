@@ -7,10 +7,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import UnsupportedModel
+from ...errors import RetraceError, UnsupportedModel
+from ...validation import describe
 from .plain import alias
 
 TEXT = "c_crossattn"  # where core keeps the token embeddings that cross-attention reads
+
+
+def require_one_prompt(name: str, conditioning: Any, why: str) -> None:
+    """Raise RetraceError unless a CONDITIONING is one prompt for the whole picture at all noise levels.
+
+    ``why`` completes the sentence "... must be one prompt, because ...".
+    """
+    if not isinstance(conditioning, list) or not conditioning:
+        raise RetraceError(
+            f"{name}: got {describe(conditioning)}, but a CONDITIONING is needed. Connect a 'CLIP Text Encode'."
+        )
+    options = conditioning[0][1]
+    starts = [options.get(key) or 0.0 for key in ("start_percent", "clip_start_percent")]
+    ends = [options.get(key, 1.0) for key in ("end_percent", "clip_end_percent")]
+    found = None
+    if len(conditioning) > 1:
+        found = f"{len(conditioning)} prompts"
+    elif any(options.get(key) is not None for key in ("area", "mask")):
+        found = "a prompt for a part of the picture"
+    elif max(starts) > 0 or min(ends) < 1:
+        found = f"a prompt for a part of the steps ({max(starts):g} to {min(ends):g})"
+    if found:
+        raise RetraceError(
+            f"{name}: this CONDITIONING holds {found}, but it must be one prompt for the whole picture and all steps, "
+            f"because {why}. Connect one 'CLIP Text Encode'."
+        )
 
 
 class ComfyConditioning:

@@ -139,7 +139,7 @@ class ComfyDenoiser:
     def features_of(self, x: Tensor, sigma: Tensor | float, cond: Conditioning, block: str) -> Tensor:
         """The output ``[B, C, h, w]`` of ``block``; the network is not run beyond it.
 
-        A condition of several entries (areas) is run for the first of them. Raises
+        Meant for conditions of one entry that holds for the whole picture. Raises
         :class:`~retrace.errors.UnsupportedModel` without a UNet, RetraceError for a block that it does not have.
         """
         with cut_after(self.model.diffusion_model, block):

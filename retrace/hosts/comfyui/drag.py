@@ -10,16 +10,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...drag.edit import DragSettings, conditions, drag_points
+from ...drag.edit import DragSettings, drag_points
 from ...drag.optimise import Dragged
 from ...drag.points import DragPoints
 from ...drag.task import Callback
-from ...errors import RetraceError
-from ...host import Conditioning, Denoiser
+from ...errors import InvalidSchedule, RetraceError, TrajectoryMismatch, UnsupportedModel
+from ...host import Conditioning, Denoiser, variance_scale
 from ...inversion import Method
 from ...schedule import reference_sigmas, truncate
 from ...trajectory import Trajectory
+from .conditioning import require_one_prompt
 from .host import ComfyHost
+from .inversion import below_flow_top
 
 Source = Literal["picture", "noisy"]
 
@@ -71,6 +73,9 @@ class DragOutcome:
         lines.append(
             f"{dragged.evaluations} network evaluations, {dragged.backwards} backward passes, {dragged.seconds:.1f} s"
         )
+        if dragged.recompute:
+            why = "as asked for" if settings.recompute else "because memory ran out"
+            lines.append(f"blocks were computed twice to save memory, {why}")
         if peak_megabytes is not None:
             lines.append(f"peak memory {peak_megabytes} MB")
         return "\n".join(lines)
@@ -83,6 +88,7 @@ def drag_latent(
     points: DragPoints,
     mask: Tensor | None,
     sigmas: Tensor,
+    steps: int,
     strength: float,
     settings: DragSettings,
     *,
@@ -95,57 +101,94 @@ def drag_latent(
 ) -> DragOutcome:
     """Drag the picture in ``samples`` of a LATENT, or that of ``trajectory``.
 
-    ``sigmas`` are those of the whole way; ``strength`` says from where on. ``source`` "noisy": ``samples`` are at that
-    level already, as 'KSampler (Advanced)' gives them with leftover noise. ``settings.parity`` takes the reference's
-    noise levels and its inversion.
+    ``sigmas`` are those of the whole way, which a trajectory brings with it; ``strength`` says from where on.
+    ``source`` "noisy": ``samples`` are at that level already, as 'KSampler (Advanced)' gives them with leftover noise.
+    ``settings.parity`` takes the reference's noise levels for that many ``steps``, and its inversion.
 
     Raises:
-        RetraceError: neither a latent nor a trajectory, guidance without a negative, and what the library raises.
+        RetraceError: neither a latent nor a trajectory, guidance without a negative, conditions that do not hold for
+            the whole picture at every level, and what the library raises.
+        InvalidSchedule: a noisy latent that is not at the level where the drag begins.
+        TrajectoryMismatch: a trajectory of several pictures, of another kind of model, or an edit-friendly one.
     """
     if cfg > 1 and negative is None:
         raise RetraceError(
             f"cfg is {cfg:g}, but there is no negative to guide away from. Connect one, or set cfg to 1 (the usual for "
             "photographs)."
         )
-    if settings.parity:
-        steps = len(sigmas) - 1
-        sigmas, inversion = reference_sigmas("leading_1", host.training_sigmas(), steps, parity=True), "ddim"
+    conds = {"positive": positive} if cfg <= 1 else {"positive": positive, "negative": negative}
+    for name, cond in conds.items():
+        require_one_prompt(name, cond, "the features of the whole picture are looked at under it")
+    if len({id(cond[0][1].get("hooks")) for cond in conds.values()}) > 1:
+        raise UnsupportedModel(
+            "positive and negative carry different LoRA hooks, and gradients cannot pass through both at once. Apply "
+            "the LoRA to the model instead, or give both the same hooks."
+        )
     if trajectory is not None:
-        trajectory.require_kind(host.parametrisation, host.latent_format)
+        _check_trajectory(host, trajectory)
         sigmas = trajectory.sigmas
-    steps, sigmas = len(sigmas) - 1, truncate(sigmas, strength)
+    elif settings.parity:
+        sigmas, inversion = reference_sigmas("leading_1", host.training_sigmas(), steps, parity=True), "ddim"
+    whole = len(sigmas) - 1
+    sigmas = truncate(sigmas, strength)
     if trajectory is not None:
         latent = trajectory.at(float(sigmas[0]))
     elif samples is not None:
+        sigmas = below_flow_top(host.parametrisation, sigmas)
         latent = host.to_model_scale(samples.float())
-        if source == "noisy" and host.parametrisation == "flow":
-            latent = latent * (1 - float(sigmas[0]))  # what core divided by when its sampler stopped here
+        if source == "noisy":
+            latent = _noisy(host, latent, float(sigmas[0]))
     else:
         raise RetraceError("there is nothing to drag. Connect a LATENT from 'VAE Encode', or a trajectory.")
     already_noisy = trajectory is not None or source == "noisy"
 
     def method(denoiser: Denoiser, x: Tensor, conds: Mapping[str, Conditioning]) -> Dragged:
-        cond, uncond = conditions(conds, cfg)
         return drag_points(
             denoiser,
             x,
             sigmas,
-            cond,
+            conds["positive"],
             points,
             mask,
             settings,
-            uncond=uncond,
+            uncond=conds.get("negative"),
             scale=cfg,
             inversion=None if already_noisy else inversion,
             callback=callback,
         )
 
-    conds = {"positive": positive} if negative is None else {"positive": positive, "negative": negative}
     dragged: Dragged = host.run(latent, conds, method, gradients=True)
     both = torch.cat([dragged.reference, dragged.edited])
     if host.parametrisation == "flow":
         both = both / (1 - float(dragged.sigmas[0]))
-    return DragOutcome(host.from_model_scale(both), dragged, points, steps)
+    return DragOutcome(host.from_model_scale(both), dragged, points, whole)
+
+
+def _check_trajectory(host: ComfyHost, trajectory: Trajectory) -> None:
+    trajectory.require_kind(host.parametrisation, host.latent_format)
+    if trajectory.method == "edit_friendly":
+        raise TrajectoryMismatch(
+            "trajectory: it is that of an 'Edit-friendly Inverter', whose latents are not points of one path that a "
+            "sampler could walk on. Connect a 'DDIM Inverter'."
+        )
+    if trajectory.latents.shape[1] != 1:
+        raise TrajectoryMismatch(
+            f"trajectory: it holds {trajectory.latents.shape[1]} pictures, but points belong to one. Invert that one."
+        )
+
+
+def _noisy(host: ComfyHost, latent: Tensor, sigma: float) -> Tensor:
+    """A noisy latent of core as the model sees it; refuses one that cannot be at level ``sigma``."""
+    if host.parametrisation == "flow":
+        latent = latent * (1 - sigma)  # what core divided by when its sampler stopped here
+    spread = float((latent / variance_scale(sigma, host.parametrisation)).std())
+    if len(latent) == 1 and not 0.5 < spread < 2:
+        raise InvalidSchedule(
+            f"latent: it has {spread:.2f} times the spread of a latent at noise level {sigma:.3g}, where the drag "
+            "begins. Stop 'KSampler (Advanced)' with leftover noise at the step that steps and strength give here, "
+            "with the same scheduler; or set latent_is to 'picture'."
+        )
+    return latent
 
 
 def _within(mask: Tensor, place: tuple[float, float]) -> bool:

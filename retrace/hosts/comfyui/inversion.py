@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...host import Conditioning, Denoiser
+from ...host import Conditioning, Denoiser, Parametrisation
 from ...inversion import Method, invert, latent_psnr
 from ...metrics import psnr
 from ...sampling import sample_ddim
@@ -65,8 +65,7 @@ def invert_latent(
     ``verify`` samples back once; the score of the picture needs a host with a VAE. Flow models whose walk would end at
     sigma 1 end at :data:`FLOW_TOP` instead.
     """
-    if host.parametrisation == "flow" and float(sigmas[0]) > FLOW_TOP:
-        sigmas = torch.cat([sigmas.new_tensor([FLOW_TOP]), sigmas[sigmas < FLOW_TOP]])
+    sigmas = below_flow_top(host.parametrisation, sigmas)
     x0 = host.to_model_scale(samples.float())
     fingerprint = host.fingerprint()
 
@@ -98,6 +97,13 @@ def invert_latent(
         None if back is None else latent_psnr(back, trajectory.source),
         picture,
     )
+
+
+def below_flow_top(parametrisation: Parametrisation, sigmas: Tensor) -> Tensor:
+    """``sigmas`` with :data:`FLOW_TOP` in the place of a top level above it, for flow models."""
+    if parametrisation != "flow" or float(sigmas[0]) <= FLOW_TOP:
+        return sigmas
+    return torch.cat([sigmas.new_tensor([FLOW_TOP]), sigmas[sigmas < FLOW_TOP]])
 
 
 def noise_samples(host: ComfyHost, trajectory: Trajectory) -> Tensor:
