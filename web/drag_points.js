@@ -145,6 +145,17 @@ function unlessOpaque(image) {
   return context.getImageData(0, 0, 256, 256).data.some((value, i) => i % 4 === 3 && value < 255) ? image : null
 }
 
+/** The node that runs under this id: its own, after those of the nodes that the subgraphs around it stand as. */
+function executedNode(id) {
+  let graph = rootGraph()
+  let node
+  for (const part of String(id).split(":")) {
+    node = graph?.getNodeById(part)
+    graph = node?.subgraph
+  }
+  return node
+}
+
 /** Make the edit a step of the graph's own undo, as the frontend does after clicks. */
 function keepForUndo() {
   const tracker = app.extensionManager?.workflow?.activeWorkflow?.changeTracker
@@ -179,8 +190,8 @@ app.registerExtension({
     setInterval(() => pickers.forEach((picker) => picker.look()), LOOK_MS)
     // A run that fails for lack of points still brings the picture to place them on.
     api.addEventListener("retrace.drag_points", ({ detail }) => {
-      const id = String(detail.node).split(":").pop() // the node's own part; before it stand the subgraphs around it
-      for (const picker of pickers) if (String(picker.node.id) === id) picker.take(detail)
+      const node = executedNode(detail.node)
+      for (const picker of pickers) if (picker.node === node) picker.take(detail)
     })
   },
   nodeCreated(node) {

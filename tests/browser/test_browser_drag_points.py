@@ -37,6 +37,11 @@ BUILD = """async (photo) => {
   app.canvas.setDirty(true, true)
 }"""
 NODES = "app.canvas.graph._nodes.filter(n => n.type === 'RetraceDragPoints')"
+ANOTHER_SOURCE = f"""() => {{
+  const empty = LiteGraph.createNode('EmptyImage'); empty.pos = [40, 500]; app.graph.add(empty);
+  empty.widgets.find(w => w.name === 'width').value = {WIDTH};
+  empty.widgets.find(w => w.name === 'height').value = {HEIGHT};
+  {NODES}[0].disconnectInput(1); empty.connect(0, {NODES}[0], 0); }}"""
 READY = "!!window.app?.graph && !!window.LiteGraph?.registered_node_types['RetraceDragPoints']"
 
 
@@ -292,14 +297,8 @@ def test_the_undo_of_the_graph_takes_back_one_edit(classic: Any) -> None:
 
 
 def test_another_source_shows_after_a_run_that_fails_for_lack_of_points(classic: Any, comfyui: ComfyServer) -> None:
-    classic.evaluate(
-        f"""() => {{ const empty = LiteGraph.createNode('EmptyImage'); empty.pos = [40, 500]; app.graph.add(empty);
-        empty.widgets.find(w => w.name === 'width').value = {WIDTH};
-        empty.widgets.find(w => w.name === 'height').value = {HEIGHT};
-        {NODES}[0].disconnectInput(1); empty.connect(0, {NODES}[0], 0); }}"""
-    )
-    note = classic.locator(".retrace-drag-note")
-    note.filter(has_text="after the first run").wait_for(timeout=10_000)
+    classic.evaluate(ANOTHER_SOURCE)
+    classic.locator(".retrace-drag-note").filter(has_text="after the first run").wait_for(timeout=10_000)
     entry = _run(classic, comfyui)
     assert entry["status"]["status_str"] == "error" and "there are no points" in json.dumps(entry["status"])
     person = Person(classic)
@@ -309,6 +308,38 @@ def test_another_source_shows_after_a_run_that_fails_for_lack_of_points(classic:
     person.drag((0.25, 0.25), (0.75, 0.75))
     assert _run(classic, comfyui)["status"]["status_str"] == "success"
     classic.problems.clear()  # the error that was asked for
+
+
+def test_the_picture_of_a_failed_run_goes_to_no_node_with_the_same_number(classic: Any, photo: str) -> None:
+    Person(classic).sees_the_picture()
+    classic.evaluate(ANOTHER_SOURCE)
+    host, inner = classic.evaluate(
+        f"""() => {{
+          const nodes = app.graph._nodes.filter(n => ['RetraceDragPoints', 'MaskToImage'].includes(n.type));
+          app.canvas.selectItems(nodes);
+          app.canvas.graph.convertToSubgraph(app.canvas.selectedItems);
+          const host = app.graph._nodes.find(n => n.subgraph);
+          app.canvas.setGraph(host.subgraph);
+          app.canvas.ds.scale = 1; app.canvas.ds.offset = [0, 0];
+          return [host.id, {NODES}[0].id]; }}"""
+    )
+    waiting = classic.locator(".retrace-drag-note").filter(has_text="after the first run")
+    waiting.wait_for(timeout=10_000)
+    failed = """async ([node, filename]) => { const { api } = await import('/scripts/api.js');
+      const detail = { node, retrace_picture: [{ filename, subfolder: '', type: 'input' }] };
+      api.dispatchEvent(new CustomEvent('retrace.drag_points', { detail })); }"""
+    for other in (f"{inner}", f"1{host}:{inner}", f"{host}:{host}:{inner}"):
+        classic.evaluate(failed, [other, photo])
+        classic.wait_for_timeout(600)
+        assert waiting.is_visible(), other
+    classic.evaluate(failed, [f"{host}:{inner}", photo])
+    Person(classic).sees_the_picture()
+    classic.evaluate(
+        """host => { const root = app.rootGraph ?? app.graph.rootGraph;
+        app.canvas.setGraph(root); root.remove(root.getNodeById(host)); }""",
+        host,
+    )
+    classic.wait_for_function("document.querySelectorAll('.retrace-drag').length === 0")
 
 
 def test_inside_a_subgraph_the_picture_from_outside_shows(classic: Any) -> None:
