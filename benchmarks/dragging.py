@@ -2,8 +2,9 @@
 
 One object per held-out scene is dragged 16 to 40 pixels by one, two or three points; the mask is the way it goes and 6
 pixels around. The scene parser reads where its centre ended. Error: how far that is from where it should be, in shares
-of the distance that was asked for. Kept: the object is there once, in its colour and shape. Background: PSNR in dB against the
-picture itself outside the mask, without Paste Background.
+of the distance that was asked for. Kept: the object is there once, in its colour and shape. Background: PSNR in dB
+against the picture itself outside the mask, without Paste Background; only Warp and Inpaint, which moves the pixels of
+the object and paints what that uncovers with Blend Step, keeps the rest with it.
 
 Every row runs in a process of its own, for its peak of memory above the loaded model; the LoRA of a scene is trained
 once and serves all rows.
@@ -31,14 +32,21 @@ from torch import Tensor
 from retrace.drag.edit import DragSettings, drag_points
 from retrace.drag.points import DragPoints, PointPair
 from retrace.drag.reference_kv import ReferenceKV
+from retrace.drag.warp import warp_by_points
 from retrace.host import LowRank
 from retrace.hosts.diffusers import DiffusersHost
 from retrace.identity_lora import LoraTraining, train
 from retrace.metrics import psnr
+from retrace.paste import paste_background
 from retrace.pebble.parser import parse
 from retrace.pebble.scenes import SIZE, Object, Scene, instance_masks, render, sample_scene, scene_rng
 from retrace.sampling import sample_ddim
 from retrace.schedule import reference_sigmas, truncate
+
+from .applications import APPLICATIONS
+from .applications import Recipe as Painting
+from .applications import Task as Hole
+from .blending import paint
 
 FIRST = 700_000  # of the held-out scenes; no other measurement looks at these
 STEPS = 50
@@ -48,6 +56,10 @@ KV_LAYER = 3  # the first of the decoder
 NEAR = (
     1.0  # stop radius in cells of 2 pixels: Pebble's pictures are a quarter as wide as those the usual 2 is meant for
 )
+
+
+REMOVAL = replace(APPLICATIONS["remove"][1], steps=17, strength=12 / 17)
+"""A KSampler of 12 steps at denoise 0.7: it walks the last 12 of the 17 whole steps in 12 / 0.7."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +72,20 @@ class Recipe:
     control: bool = True
 
 
+@dataclass(frozen=True)
+class Warping:
+    """The row that moves pixels: inputs of Warp and Inpaint by their names, and how the hole is painted."""
+
+    margin: float = 4.0  # pixels around the object that move with it
+    grow: int = 3
+    border: int = 2
+    painting: Painting = REMOVAL
+    lora = False
+
+
 PAPER = DragSettings(stop_radius=NEAR)
 GOOD = DragSettings(mode="gooddrag", stop_radius=NEAR)
-ROWS: dict[str, Recipe] = {
+ROWS: dict[str, Recipe | Warping] = {
     "GoodDrag": Recipe(GOOD, 0.75),
     "GoodDrag, no LoRA": Recipe(GOOD, 0.75, lora=False),
     "GoodDrag, no reference control": Recipe(GOOD, 0.75, control=False),
@@ -71,10 +94,12 @@ ROWS: dict[str, Recipe] = {
     "DragDiffusion, no LoRA": Recipe(PAPER, lora=False),
     "DragDiffusion, no reference control": Recipe(PAPER, control=False),
     "DragDiffusion, hard mask": Recipe(replace(PAPER, hard_mask=True)),
+    "DragDiffusion, radii of GoodDrag": Recipe(replace(PAPER, patch_radius=4, search_radius=12)),
     "DragDiffusion at step 15 of 50": Recipe(PAPER, 0.3),
     "DragDiffusion at step 50 of 50": Recipe(PAPER, 1.0),
     "DragDiffusion, features of mid.0": Recipe(replace(PAPER, block="mid.0")),
     "DragDiffusion, features of up.1": Recipe(replace(PAPER, block="up.1")),
+    "Warp and Inpaint": Warping(),
 }
 
 
@@ -161,6 +186,19 @@ def drag(host: DiffusersHost, job: Task, recipe: Recipe, lora: Mapping[str, LowR
     return Score(*judge(job, image), evaluations, backwards, seconds)
 
 
+def warp(host: DiffusersHost, job: Task, recipe: Warping) -> Score:
+    """Move the pixels of the object, paint what that uncovers, and read the picture."""
+    started = time.perf_counter()
+    own = instance_masks(job.scene, recipe.margin)
+    moved = warp_by_points(job.points, own, "rigid", recipe.grow, recipe.border)
+    picture, words = moved.image[0], Scene(job.scene.ground).caption()
+    hole = Hole(picture, picture, moved.inpaint[0], words, "", words, lambda _: True)
+    painted, evaluations = paint(host, [hole], recipe.painting, seed=0)
+    image = paste_background(painted, moved.image, moved.inpaint, recipe.painting.feather)
+    seconds = time.perf_counter() - started
+    return Score(*judge(job, image), evaluations, 0, seconds)
+
+
 def judge(job: Task, image: Tensor) -> tuple[float, bool, float]:
     """Error, whether the object was kept, and the background of ``image`` ``[1, H, W, 3]``."""
     old = job.scene.objects[0]
@@ -188,7 +226,7 @@ def peak_megabytes() -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
 
 
-def row(recipe: Recipe, jobs: list[Task], loras: Path, threads: int) -> tuple[list[Score], float]:
+def row(recipe: Recipe | Warping, jobs: list[Task], loras: Path, threads: int) -> tuple[list[Score], float]:
     """All scenes of one row, in a process of its own; and its peak of memory above the loaded model in MB."""
     torch.set_num_threads(threads)
     host = DiffusersHost.load(None)
@@ -197,7 +235,7 @@ def row(recipe: Recipe, jobs: list[Task], loras: Path, threads: int) -> tuple[li
     for number, job in enumerate(jobs):
         kept = loras / f"{number}.pt"
         lora = torch.load(kept, weights_only=False) if recipe.lora and kept.exists() else None
-        scores.append(drag(host, job, recipe, lora))
+        scores.append(warp(host, job, recipe) if isinstance(recipe, Warping) else drag(host, job, recipe, lora))
     return scores, peak_megabytes() - loaded
 
 
