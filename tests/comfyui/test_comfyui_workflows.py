@@ -21,6 +21,8 @@ def _api(name: str, steps: int | None = QUICK) -> dict[str, Any]:
     for node in graph.values():
         if steps is not None and "steps" in node["inputs"]:
             node["inputs"]["steps"] = steps
+        if steps is not None and "changes" in node["inputs"]:
+            node["inputs"]["changes"] = steps
     return graph
 
 
