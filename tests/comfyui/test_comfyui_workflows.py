@@ -72,8 +72,8 @@ def test_the_same_bits_again(server: ComfyServer, name: str) -> None:
     for node in other.values():
         if node["class_type"] == "RetracePebbleScene":
             node["inputs"]["index"] += 1
-        if "seed" in node["inputs"]:
-            node["inputs"]["seed"] += 1
+        for seed in {"seed", "noise_seed"} & node["inputs"].keys():
+            node["inputs"][seed] += 1
     assert _pixels(server.run(other)) != _pixels(first)
     server.request("POST", "/free", b'{"unload_models": true, "free_memory": true}', "application/json")
     assert _pixels(server.run(graph)) == _pixels(first)
