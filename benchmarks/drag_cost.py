@@ -1,0 +1,88 @@
+"""``python -m benchmarks.drag_cost sd15``: what dragging costs on a real-sized model in ComfyUI.
+
+Run it with ComfyUI's Python and ``COMFYUI_PATH`` set (``--cpu`` as for ComfyUI). The UNet has its real shapes and random
+weights. Rows: a noise level of the Identity LoRA, a change of the latent with the whole network, with the network cut
+after the feature block, and with blocks computed twice, and a step of sampling [reference, edited] under Reference KV
+Control. The table shows seconds of one of them and the peak of memory above the loaded weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from .large_models import Peak, arguments, build, use_comfyui
+
+
+def main() -> None:
+    args = arguments(__doc__, steps=2)
+    use_comfyui()
+    import comfy.sample
+    import torch
+
+    from retrace.drag.edit import DragSettings, drag_points
+    from retrace.drag.points import DragPoints, PointPair
+    from retrace.hosts.comfyui import ComfyHost
+    from retrace.hosts.comfyui.identity_lora import train_lora
+    from retrace.hosts.comfyui.prompts import encode_prompts
+    from retrace.hosts.comfyui.reference_kv import patch_reference_kv
+    from retrace.identity_lora import LoraTraining
+
+    model, text = build(args.model, getattr(torch, args.dtype))
+    words = encode_prompts(text, ["a photo of a beach"])
+    host, cells = ComfyHost(model), args.size // 8
+    picture = torch.randn(1, 4, cells, cells, generator=torch.Generator().manual_seed(0))
+    points = DragPoints((PointPair((0.3, 0.5), (0.7, 0.5)),), torch.zeros(1, args.size, args.size, 3))
+    half = torch.zeros(1, args.size, args.size)
+    half[:, args.size // 4 :, :] = 1
+    sigmas = torch.tensor([4.0, 3.5, 3.0])
+    usual = DragSettings(
+        changes=args.steps, parity=True, recompute=False
+    )  # parity: no look more than there are changes
+
+    def drag(settings: DragSettings) -> int:
+        def method(denoiser: Any, x: Any, conds: Any) -> Any:
+            return drag_points(denoiser, x, sigmas, conds["words"], points, half, settings, inversion=None)
+
+        made = host.run(picture * 4, {"words": words}, method, gradients=True)
+        return int(made.evaluations)
+
+    def train(recompute: bool) -> int:
+        training = LoraTraining(steps=args.steps, batch_size=1, recompute=recompute)
+        return train_lora(host, picture, words, training).result.evaluations
+
+    def sample() -> int:
+        patched = patch_reference_kv(model)
+        both = picture.repeat(2, 1, 1, 1)
+        comfy.sample.sample(
+            patched, both, args.steps, 1.0, "euler", "normal", words, words, both * 0, disable_pbar=True
+        )
+        return 2 * args.steps
+
+    rows: dict[str, Callable[[], int]] = {
+        "a change, whole network": lambda: drag(usual),
+        "a change, network cut": lambda: drag(replace(usual, hard_mask=True)),
+        "a change, whole network, blocks computed twice": lambda: drag(replace(usual, recompute=True)),
+        "a noise level of Identity LoRA": lambda: train(False),
+        "the same, blocks computed twice": lambda: train(True),
+        "a step of [reference, edited]": sample,
+    }
+    with torch.inference_mode():
+        sample()  # loads the weights
+        print(f"{args.model}, {args.dtype}, {args.size} px, {args.steps} of each\n", flush=True)
+        print("| what | evaluations | seconds | peak above the weights |")
+        print("|---|---|---|---|", flush=True)
+        for name, work in rows.items():
+            if args.only and not any(word.lower() in name.lower() for word in args.only):
+                continue
+            begun = time.perf_counter()
+            with Peak() as peak:
+                evaluations = work()
+            seconds = (time.perf_counter() - begun) / args.steps
+            print(f"| {name} | {evaluations} | {seconds:.1f} | {peak.peak:.0f} MB |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
