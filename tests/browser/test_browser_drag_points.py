@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -100,8 +101,11 @@ def pixel(x: float, y: float) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def photo(comfyui: ComfyServer, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A picture whose mask (its transparency) is a bar at the left, in the folder of Load Image."""
+def photo(comfyui: ComfyServer, frontend: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A picture whose mask (its transparency) is a bar at the left, in the folder of Load Image while these tests run.
+
+    Afterwards it is gone, also from the choices of Load Image: to other tests a fresh user has no pictures.
+    """
     ramp = np.linspace(0, 255, WIDTH, dtype=np.uint8)[None].repeat(HEIGHT, 0)
     picture = Image.fromarray(np.stack([ramp, ramp[:, ::-1], np.full_like(ramp, 90)], -1)).convert("RGBA")
     alpha = Image.new("L", picture.size, 255)
@@ -109,7 +113,9 @@ def photo(comfyui: ComfyServer, tmp_path_factory: pytest.TempPathFactory) -> str
     picture.putalpha(alpha)
     file = tmp_path_factory.mktemp("drag") / PHOTO
     picture.save(file)
-    return comfyui.upload_image(file)
+    yield comfyui.upload_image(file)
+    (comfyui.base / "input" / PHOTO).unlink()
+    frontend.evaluate("app.refreshComboInNodes()")
 
 
 @pytest.fixture
