@@ -1,4 +1,4 @@
-"""Warp and Inpaint: exact deformations, masks by set algebra, and a scene's object at its new place."""
+"""Warp and Inpaint: moved pixels, masks by set algebra, and a scene's object at its new place."""
 
 from __future__ import annotations
 
@@ -7,21 +7,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import get_args
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from retrace.drag.deformation import MOST_STEPS, Deformation, Mode
-from retrace.drag.field import displacement, sample
-from retrace.drag.fill import fill_smoothly
+from retrace.drag.deformation import Mode
+from retrace.drag.field import sample
 from retrace.drag.points import DragPoints, InvalidPoints, PointPair
-from retrace.drag.regions import around, connected_parts, distance_to, part_of_each, within
+from retrace.drag.regions import within
 from retrace.drag.warp import Warped, warp_by_points
 from retrace.errors import InvalidImage, InvalidSchedule
 from retrace.pebble.parser import parse
 from retrace.pebble.scenes import instance_masks, render, sample_scene, scene_rng
-from retrace.poisson import membrane
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 Pixels = Sequence[tuple[tuple[float, float], tuple[float, float]]]
@@ -50,171 +47,6 @@ def box(picture: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor
     mask = torch.zeros(picture.shape[:3])
     mask[:, top:bottom, left:right] = 1
     return mask
-
-
-def origin(deformation: Deformation, places: Sequence[tuple[float, float]]) -> Tensor:
-    """Where ``places`` came from, [N, 2]."""
-    at = torch.tensor(places, dtype=torch.float64)
-    return at + torch.stack(deformation.origin(at[:, 0], at[:, 1]), 1)
-
-
-def scattered(count: int, seed: int, spread: float = 4.0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    handles = 20 + 160 * torch.rand(count, 2, generator=generator, dtype=torch.float64)
-    noise = spread * torch.randn(count, 2, generator=generator, dtype=torch.float64)
-    return handles, handles + torch.tensor([30.0, -12.0]) + noise
-
-
-# Deformations
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("count", [1, 2, 3, 10, 30])
-def test_every_target_comes_from_its_handle(mode, count):
-    for seed in range(4):
-        handles, targets = scattered(count, seed)
-        deformation = Deformation(handles.tolist(), targets.tolist(), mode)
-        torch.testing.assert_close(origin(deformation, targets.tolist()), handles, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_equal_shifts_are_one_shift_everywhere(mode):
-    handles, _ = scattered(5, 0)
-    deformation = Deformation(handles.tolist(), (handles + 16.25).tolist(), mode)
-    dx, dy = deformation.origin(torch.tensor([0.0, 7.3, 900.0]), torch.tensor([0.0, 55.5, -4.0]))
-    assert deformation.steps == 1
-    assert dx.tolist() == dy.tolist() == [-16.25] * 3
-
-
-@pytest.mark.parametrize("degrees", [10, 90, -135, 180])
-def test_two_points_turn_the_plane_exactly(degrees):
-    centre, turn = complex(40, 70), complex(math.cos(math.radians(degrees)), math.sin(math.radians(degrees)))
-    handles = [complex(20, 64), complex(66, 80), complex(41, 90)]
-    for count in (2, 3):
-        ends = [centre + turn * (h - centre) + complex(5, -3) for h in handles[:count]]
-        deformation = Deformation(
-            [(h.real, h.imag) for h in handles[:count]], [(e.real, e.imag) for e in ends], "rigid"
-        )
-        places = [(3.0, 9.0), (40.0, 70.0), (200.0, 31.5)]
-        back = [(complex(*place) - complex(5, -3) - centre) / turn + centre for place in places]
-        expected = torch.tensor([(b.real, b.imag) for b in back], dtype=torch.float64)
-        torch.testing.assert_close(origin(deformation, places), expected, atol=1e-6, rtol=0)
-        assert deformation.steps == 1
-
-
-def test_scale_enlarges_and_rigid_does_not():
-    apart = [(40.0, 50.0), (60.0, 50.0)], [(30.0, 50.0), (70.0, 50.0)]
-    above = [(50.0, 40.0)]
-    torch.testing.assert_close(
-        origin(Deformation(*apart, "scale"), above), torch.tensor([[50.0, 45.0]], dtype=torch.float64)
-    )
-    turned = origin(Deformation(*apart, "rigid"), above)
-    torch.testing.assert_close(turned, torch.tensor([[50.0, 40.0]], dtype=torch.float64), atol=1e-6, rtol=0)
-
-
-def test_stretch_weighs_by_the_inverse_squared_distance():
-    deformation = Deformation([(0.0, 0.0), (103.0, 0.0)], [(0.0, 0.0), (100.0, 0.0)], "stretch")
-    assert deformation.steps == 1
-    # 1/3 of the way from the anchor: weights 4 to 1.
-    torch.testing.assert_close(
-        origin(deformation, [(100 / 3, 0.0)]), torch.tensor([[100 / 3 + 3 / 5, 0.0]], dtype=torch.float64)
-    )
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("end", [30.0, 300.0])
-def test_pulled_far_from_an_anchor_it_does_not_fold(mode, end):
-    """One step would show parts of the line between the two twice: see the module."""
-    deformation = Deformation([(0.0, 0.0), (100.0, 0.0)], [(0.0, 0.0), (end, 0.0)], mode)
-    line = origin(deformation, [(x, 0.0) for x in np.linspace(0, end, 200).tolist()])
-    assert line[0].abs().max() < 1e-6 and (line[-1] - torch.tensor([100.0, 0.0])).abs().max() < 1e-6
-    assert (line[:, 0].diff() > 0).all()
-    assert (1 if mode == "scale" else 2) <= deformation.steps <= MOST_STEPS
-
-
-def test_one_step_would_fold():
-    deformation = Deformation([(0.0, 0.0), (100.0, 0.0)], [(0.0, 0.0), (300.0, 0.0)], "stretch")
-    deformation.places = deformation.places[[0, -1]]
-    line = origin(deformation, [(x, 0.0) for x in np.linspace(0, 300, 200).tolist()])
-    assert (line[:, 0].diff() < 0).any()
-
-
-def test_repeated_points_count_once_and_contradictions_are_named():
-    once = Deformation([(10.0, 10.0), (50.0, 20.0)], [(12.0, 10.0), (50.0, 29.0)], "rigid")
-    twice = Deformation([(10.0, 10.0), (50.0, 20.0), (10.2, 10.0)], [(12.0, 10.0), (50.0, 29.0), (12.1, 10.0)], "rigid")
-    torch.testing.assert_close(origin(once, [(7.0, 8.0)]), origin(twice, [(7.0, 8.0)]))
-    with pytest.raises(InvalidPoints, match=r"1 and 3 have one handle at \(10.0, 10.0\) px, but two targets"):
-        Deformation([(10, 10), (50, 20), (10, 10)], [(12, 10), (50, 29), (14, 10)], "rigid")
-    with pytest.raises(InvalidPoints, match=r"4 and 7 have one target .* but two handles"):
-        Deformation([(10, 10), (50, 20)], [(12, 10), (12, 10)], "stretch", [4, 7])
-
-
-# The deformation on pixels
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_grid_guesses_within_a_small_part_of_a_pixel(mode, monkeypatch):
-    handles, targets = scattered(6, 1, spread=10.0)
-    deformation = Deformation(handles.tolist(), targets.tolist(), mode)
-    exact = displacement(deformation, 3, 5, (150, 171), torch.device("cpu"))
-    monkeypatch.setattr("retrace.drag.field._EVALUATIONS", 1 << 14)
-    guessed = displacement(deformation, 3, 5, (150, 171), torch.device("cpu"))
-    assert not torch.equal(exact, guessed)
-    assert (exact - guessed).norm(dim=0).max() < 0.15
-
-
-def test_sampling_is_exact_at_centres_bilinear_between_and_continued_beyond():
-    values = noise(5, 7)[0]
-    y, x = torch.meshgrid(torch.arange(5) + 0.5, torch.arange(7) + 0.5, indexing="ij")
-    assert torch.equal(sample(values, x, y), values)
-    middle = sample(values, torch.tensor([2.75]), torch.tensor([1.5]))[0]
-    torch.testing.assert_close(middle, 0.75 * values[1, 2] + 0.25 * values[1, 3])
-    corner = sample(values, torch.tensor([-9.0, 99.0]), torch.tensor([-9.0, 99.0]))
-    assert torch.equal(corner, torch.stack([values[0, 0], values[-1, -1]]))
-
-
-# Regions and filling
-
-
-def test_distances_are_those_to_the_nearest_pixel():
-    selected = torch.zeros(30, 41, dtype=torch.bool)
-    selected[[0, 14, 15, 29], [3, 20, 20, 40]] = True
-    rows, columns = torch.meshgrid(torch.arange(30), torch.arange(41), indexing="ij")
-    places = selected.nonzero()
-    true = ((rows[..., None] - places[:, 0]) ** 2 + (columns[..., None] - places[:, 1]) ** 2).amin(-1).double().sqrt()
-    for reach in (1, 6.5, 9, 512):
-        assert torch.equal(distance_to(selected, reach), torch.where(true <= reach, true, math.inf).float())
-    assert torch.equal(within(selected, 3), true <= 3)
-    assert torch.equal(within(selected, 0), selected)
-    assert not within(torch.zeros_like(selected), 9).any()
-    assert selected[around(selected, 0)].shape == (30, 38)
-
-
-def test_parts_touch_at_corners_and_a_place_belongs_to_the_nearest():
-    mask = torch.zeros(9, 12, dtype=torch.bool)
-    mask[1, 1] = mask[2, 2] = mask[6, 8] = True
-    labels, count = connected_parts(mask)
-    assert count == 2 and labels[1, 1] == labels[2, 2] == 1
-    assert part_of_each(labels, [(1.2, 1.9), (8.5, 2.5), (12.0, 9.0)]) == [
-        (1, 0.0),
-        (2, 4.0),
-        (2, pytest.approx(math.hypot(3.5, 2.5))),
-    ]
-
-
-def test_filling_is_nearly_the_membrane_and_exact_on_a_plain_ground():
-    picture = ramp(60, 81)[0] * 0.7 + 0.1
-    region = (instance_masks(sample_scene(scene_rng("train", 1), 1), 3)[0] > 0)[:60, 20:101]
-    smooth = membrane(picture.double().movedim(-1, 0), region).movedim(0, -1)[region]
-    assert (fill_smoothly(picture, region, region) - smooth).abs().max() < 0.02
-    plain = torch.full((60, 81, 3), 0.4)
-    plain[region] = 1
-    torch.testing.assert_close(fill_smoothly(plain, region, region), torch.full((int(region.sum()), 3), 0.4))
-    everything = torch.ones(60, 81, dtype=torch.bool)
-    torch.testing.assert_close(fill_smoothly(plain, everything, everything)[0], plain.mean((0, 1)))
-
-
-# The whole
 
 
 @pytest.mark.parametrize("mode", MODES)
