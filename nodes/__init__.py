@@ -44,11 +44,11 @@ NODES: list[type[io.ComfyNode]] = [
     BackgroundReconstruction,
     MaskPrecisionBlur,
     EditReportNode,
-    DragLatentOptimizer,
     RankByCLIP,
     LoadCLIP,
     DragPointsNode,
     IdentityLora,
+    DragLatentOptimizer,
     ReferenceKVControl,
     WarpAndInpaint,
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..retrace.drag.points import DragPoints, InvalidPoints
 from ..retrace.errors import InvalidFile, InvalidImage
 from ..retrace.trajectory import Trajectory
 from ..retrace.validation import describe
@@ -13,6 +14,13 @@ def require_trajectory(value: object) -> Trajectory:
     """The trajectory on a RETRACE_TRAJECTORY socket; raises InvalidFile for anything else."""
     if not isinstance(value, Trajectory):
         raise InvalidFile(f"trajectory: got {describe(value)}, but an inversion is needed. Connect a 'DDIM Inverter'.")
+    return value
+
+
+def require_points(value: object) -> DragPoints:
+    """The points on a RETRACE_POINTS socket; raises InvalidPoints for anything else."""
+    if not isinstance(value, DragPoints):
+        raise InvalidPoints(f"points: got {describe(value)}, but points are needed. Connect a 'Drag Points'.")
     return value
 
 

@@ -8,11 +8,10 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..retrace.drag.edit import DragSettings
-from ..retrace.drag.points import DragPoints, InvalidPoints
 from ..retrace.errors import RetraceError
 from ..retrace.schedule import check_sigmas
-from ..retrace.validation import check_latent, check_mask, describe
-from ._checks import latent_samples, require_trajectory
+from ..retrace.validation import check_latent, check_mask
+from ._checks import latent_samples, require_points, require_trajectory
 from ._errors import reports_errors
 from ._memory import PeakMemory
 from ._progress import progress_text
@@ -230,8 +229,7 @@ class DragLatentOptimizer(io.ComfyNode):
         from ..retrace.hosts.comfyui import ComfyHost
         from ..retrace.hosts.comfyui.drag import drag_latent
 
-        if not isinstance(points, DragPoints):
-            raise InvalidPoints(f"points: got {describe(points)}, but points are needed. Connect a 'Drag Points'.")
+        points = require_points(points)
         host = ComfyHost(model)
         samples = None if latent is None else check_latent("latent", latent_samples(latent), host.latent_channels)
         area = _area(mask, latent)

@@ -8,9 +8,8 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..retrace.drag.deformation import Mode
-from ..retrace.drag.points import DragPoints, InvalidPoints
 from ..retrace.drag.warp import warp_by_points
-from ..retrace.validation import describe
+from ._checks import require_points
 from ._errors import reports_errors
 from ._schema import Points, schema
 
@@ -96,9 +95,7 @@ class WarpAndInpaint(io.ComfyNode):
         feather: float,
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        if not isinstance(points, DragPoints):
-            raise InvalidPoints(f"points: got {describe(points)}, but points are needed. Connect a 'Drag Points'.")
-        result = warp_by_points(points, mask, cast(Mode, mode), grow, border, feather)
+        result = warp_by_points(require_points(points), mask, cast(Mode, mode), grow, border, feather)
         shown: dict[str, Any] = ui.PreviewImage(result.image, cls=cls).as_dict()
         return io.NodeOutput(
             result.image,

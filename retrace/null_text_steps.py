@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .host import Conditioning, Denoiser, guided
+from .host import Conditioning, Denoiser, guided, variance_scale
 from .sampling import ddim_step, require_finite
 
 THRESHOLD_GROWTH = 2e-5  # by which the reference's early-stop threshold grows per step of 50
@@ -91,7 +91,7 @@ class Optimisation:
         In DDPM's scale (z = x / sqrt(1 + sigma^2)) for eps and v models, so that thresholds mean what they mean there.
         """
         sigma_next = self.levels[i + 1]
-        scale = 1.0 if self.model.parametrisation == "flow" else math.sqrt(1 + sigma_next * sigma_next)
+        scale = variance_scale(sigma_next, self.model.parametrisation)
         step = ddim_step(x, denoised, self.levels[i], sigma_next)
         return ((step - target) / scale).flatten(1).pow(2).mean(dim=1)
 

@@ -72,6 +72,14 @@ class Trajectory:
                 f"model's {fingerprint}). Connect the model that was used to invert, or invert again with this one."
             )
 
+    def require_path(self) -> None:
+        """Raise :class:`TrajectoryMismatch` where the latents are not points of one path that a sampler could walk."""
+        if self.method == "edit_friendly":
+            raise TrajectoryMismatch(
+                "trajectory: it is that of an 'Edit-friendly Inverter', whose latents are not points of one path that "
+                "a sampler could walk, down or back. Connect a 'DDIM Inverter'."
+            )
+
     def require_kind(self, parametrisation: Parametrisation, latent_format: str) -> None:
         """Raise :class:`TrajectoryMismatch` unless latents of such a model mean the same.
 

@@ -66,7 +66,7 @@ def test_it_is_the_hook_of_the_library(newest_server: ComfyServer) -> None:
     """Core's Euler with the patch, against the same steps on the diffusers host."""
     from retrace.drag.reference_kv import ReferenceKV, default_first_layer
     from retrace.hosts.diffusers import DiffusersHost
-    from retrace.hosts.diffusers.layers import attention_blocks
+    from retrace.hosts.diffusers.attention import attention_blocks
     from retrace.inversion import invert
     from retrace.sampling import sample_ddim
 

@@ -96,7 +96,7 @@ def test_layers_count_from_the_first_to_the_last(subject: Any) -> None:
 
 def test_the_default_begins_with_the_decoder_of_pebble(subject: Any) -> None:
     if subject.name == "diffusers":
-        from retrace.hosts.diffusers.layers import attention_blocks
+        from retrace.hosts.diffusers.attention import attention_blocks
 
         assert default_first_layer(attention_blocks(subject.host.unet)) == FIRST
     else:

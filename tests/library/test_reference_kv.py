@@ -113,7 +113,7 @@ class TestDefaultLayer:
     def test_layers_of_diffusers(self, family: str, expected: list[str]) -> None:
         """The shapes of the published models; the networks are empty shells."""
         from retrace.hosts.diffusers import configs
-        from retrace.hosts.diffusers.layers import attention_blocks
+        from retrace.hosts.diffusers.attention import attention_blocks
 
         ensure_importable()
         diffusers = pytest.importorskip("diffusers")

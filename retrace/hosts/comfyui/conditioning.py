@@ -14,25 +14,35 @@ from .plain import alias
 TEXT = "c_crossattn"  # where core keeps the token embeddings that cross-attention reads
 
 
+def require_conditioning(name: str, value: Any) -> list[Any]:
+    """The entries of a CONDITIONING; raises RetraceError for anything else."""
+    if not isinstance(value, list) or not value:
+        raise RetraceError(
+            f"{name}: got {describe(value)}, but a CONDITIONING is needed. Connect a 'CLIP Text Encode'."
+        )
+    return value
+
+
+def part_of_steps(options: dict[str, Any]) -> tuple[float, float] | None:
+    """From where to where, 0 to 1, an entry of a CONDITIONING with these options holds; None for all steps."""
+    start = max(options.get(key) or 0.0 for key in ("start_percent", "clip_start_percent"))
+    end = min(options.get(key, 1.0) for key in ("end_percent", "clip_end_percent"))
+    return (start, end) if start > 0 or end < 1 else None
+
+
 def require_one_prompt(name: str, conditioning: Any, why: str) -> None:
     """Raise RetraceError unless a CONDITIONING is one prompt for the whole picture at all noise levels.
 
     ``why`` completes the sentence "... must be one prompt, because ...".
     """
-    if not isinstance(conditioning, list) or not conditioning:
-        raise RetraceError(
-            f"{name}: got {describe(conditioning)}, but a CONDITIONING is needed. Connect a 'CLIP Text Encode'."
-        )
-    options = conditioning[0][1]
-    starts = [options.get(key) or 0.0 for key in ("start_percent", "clip_start_percent")]
-    ends = [options.get(key, 1.0) for key in ("end_percent", "clip_end_percent")]
-    found = None
+    options = require_conditioning(name, conditioning)[0][1]
+    part, found = part_of_steps(options), None
     if len(conditioning) > 1:
         found = f"{len(conditioning)} prompts"
     elif any(options.get(key) is not None for key in ("area", "mask")):
         found = "a prompt for a part of the picture"
-    elif max(starts) > 0 or min(ends) < 1:
-        found = f"a prompt for a part of the steps ({max(starts):g} to {min(ends):g})"
+    elif part:
+        found = f"a prompt for a part of the steps ({part[0]:g} to {part[1]:g})"
     if found:
         raise RetraceError(
             f"{name}: this CONDITIONING holds {found}, but it must be one prompt for the whole picture and all steps, "

@@ -18,14 +18,15 @@ from torch import Tensor
 from ...errors import RetraceError
 from ...host import AttentionHook, Conditioning, LowRank, Parametrisation
 from ..adapters import adapted, shape_of
+from ..network_cut import NetworkCut, cut_after
 from ..recompute import recomputed
 from .attention import install_attention
 from .conditioning import ComfyConditioning
-from .features import FeatureRecorder, NetworkCut, cut_after
+from .features import FeatureRecorder
 from .gradients import ConstantControl, constant_controls, differentiable_attention, gradient_mode, settle_hooks
 from .lora import projection_layers
 from .plain import alias
-from .unet import feature_blocks
+from .unet import feature_blocks, feature_layer
 
 
 class ComfyDenoiser:
@@ -142,7 +143,7 @@ class ComfyDenoiser:
         Meant for conditions of one entry that holds for the whole picture. Raises
         :class:`~retrace.errors.UnsupportedModel` without a UNet, RetraceError for a block that it does not have.
         """
-        with cut_after(self.model.diffusion_model, block):
+        with cut_after(feature_layer(self.model.diffusion_model, block)):
             try:
                 self.denoised(x, sigma, cond)
             except NetworkCut as cut:

@@ -15,13 +15,14 @@ from ...drag.optimise import Dragged
 from ...drag.points import DragPoints
 from ...drag.task import Callback
 from ...errors import InvalidSchedule, RetraceError, TrajectoryMismatch, UnsupportedModel
-from ...host import Conditioning, Denoiser, variance_scale
+from ...host import Conditioning, Denoiser, picture_share, variance_scale
 from ...inversion import Method
 from ...schedule import reference_sigmas, truncate
 from ...trajectory import Trajectory
 from .conditioning import require_one_prompt
+from .cost import memory_lines
 from .host import ComfyHost
-from .inversion import below_flow_top
+from .inversion import below_flow_top, noisy_samples
 
 Source = Literal["picture", "noisy"]
 
@@ -73,12 +74,7 @@ class DragOutcome:
         lines.append(
             f"{dragged.evaluations} network evaluations, {dragged.backwards} backward passes, {dragged.seconds:.1f} s"
         )
-        if dragged.recompute:
-            why = "as asked for" if settings.recompute else "because memory ran out"
-            lines.append(f"blocks were computed twice to save memory, {why}")
-        if peak_megabytes is not None:
-            lines.append(f"peak memory {peak_megabytes} MB")
-        return "\n".join(lines)
+        return "\n".join([*lines, *memory_lines(peak_megabytes, dragged.recompute, settings.recompute)])
 
 
 def drag_latent(
@@ -159,18 +155,12 @@ def drag_latent(
 
     dragged: Dragged = host.run(latent, conds, method, gradients=True)
     both = torch.cat([dragged.reference, dragged.edited])
-    if host.parametrisation == "flow":
-        both = both / (1 - float(dragged.sigmas[0]))
-    return DragOutcome(host.from_model_scale(both), dragged, points, whole)
+    return DragOutcome(noisy_samples(host, both, float(dragged.sigmas[0])), dragged, points, whole)
 
 
 def _check_trajectory(host: ComfyHost, trajectory: Trajectory) -> None:
     trajectory.require_kind(host.parametrisation, host.latent_format)
-    if trajectory.method == "edit_friendly":
-        raise TrajectoryMismatch(
-            "trajectory: it is that of an 'Edit-friendly Inverter', whose latents are not points of one path that a "
-            "sampler could walk on. Connect a 'DDIM Inverter'."
-        )
+    trajectory.require_path()
     if trajectory.latents.shape[1] != 1:
         raise TrajectoryMismatch(
             f"trajectory: it holds {trajectory.latents.shape[1]} pictures, but points belong to one. Invert that one."
@@ -179,8 +169,7 @@ def _check_trajectory(host: ComfyHost, trajectory: Trajectory) -> None:
 
 def _noisy(host: ComfyHost, latent: Tensor, sigma: float) -> Tensor:
     """A noisy latent of core as the model sees it; refuses one that cannot be at level ``sigma``."""
-    if host.parametrisation == "flow":
-        latent = latent * (1 - sigma)  # what core divided by when its sampler stopped here
+    latent = latent * picture_share(sigma, host.parametrisation)  # core divides by it when a sampler stops here
     spread = float((latent / variance_scale(sigma, host.parametrisation)).std())
     if len(latent) == 1 and not 0.5 < spread < 2:
         raise InvalidSchedule(

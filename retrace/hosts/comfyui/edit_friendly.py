@@ -14,6 +14,7 @@ from torch import Tensor
 from ...edit_friendly import EditFriendly, invert_edit_friendly
 from ...errors import RetraceError
 from ...host import Conditioning, Denoiser
+from .cost import memory_lines
 from .host import ComfyHost
 from .inversion import FLOW_TOP, noise_samples
 
@@ -48,9 +49,7 @@ class Prepared:
         if isinstance(strengths, list) and strengths:
             average = sum(strengths) / len(strengths)
             lines.append(f"strength of the noises: {average:.2f} on average, {max(strengths):.2f} at most (fresh: 1)")
-        if peak_megabytes is not None:
-            lines.append(f"peak memory {peak_megabytes} MB")
-        return "\n".join(lines)
+        return "\n".join([*lines, *memory_lines(peak_megabytes)])
 
 
 def prepare_edit_friendly(

@@ -1,4 +1,4 @@
-"""Outputs of the UNet's blocks, collected while it runs, or with the run ending there."""
+"""Outputs of the UNet's blocks, collected while it runs."""
 
 from __future__ import annotations
 
@@ -11,27 +11,6 @@ from torch import Tensor
 
 from .plain import alias
 from .unet import feature_layer
-
-
-class NetworkCut(BaseException):
-    """Ends a run of the network after the block that was asked for; not an error, and no handler of errors sees it."""
-
-    def __init__(self, output: Tensor) -> None:
-        self.output = output
-
-
-@contextmanager
-def cut_after(network: Any, block: str) -> Iterator[None]:
-    """Inside, a run of ``network`` ends with :class:`NetworkCut` after ``block``."""
-
-    def stop(module: Any, inputs: Any, output: Tensor) -> None:
-        raise NetworkCut(output)
-
-    handle = feature_layer(network, block).register_forward_hook(stop)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 class FeatureRecorder:

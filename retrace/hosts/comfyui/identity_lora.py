@@ -12,7 +12,9 @@ from torch import Tensor
 from ...errors import InvalidImage, RetraceError
 from ...host import Conditioning, Denoiser
 from ...identity_lora import PROBES, Callback, IdentityLora, LoraTraining, train
-from ...validation import check_latent, describe
+from ...validation import check_latent
+from .conditioning import part_of_steps, require_conditioning
+from .cost import memory_lines
 from .edit_friendly import levels_may_mix
 from .host import ComfyHost
 from .lora import lora_model, patched, projection_layers
@@ -37,12 +39,7 @@ class Trained:
             f"loss at {PROBES} fixed noise levels: {result.before:.4f} before, {result.after:.4f} after",
             f"{result.evaluations} network evaluations, {result.backwards} backward passes, {result.seconds:.1f} s",
         ]
-        if result.recompute:
-            why = "as asked for" if training.recompute else "because memory ran out"
-            lines.append(f"blocks were computed twice to save memory, {why}")
-        if peak_megabytes is not None:
-            lines.append(f"peak memory {peak_megabytes} MB")
-        return "\n".join(lines)
+        return "\n".join([*lines, *memory_lines(peak_megabytes, result.recompute, training.recompute)])
 
 
 def train_lora(
@@ -82,15 +79,8 @@ def train_lora(
 
 
 def _check_words(positive: Any) -> None:
-    if not isinstance(positive, list) or not positive:
+    if any(part_of_steps(options) for _, options in require_conditioning("positive", positive)):
         raise RetraceError(
-            f"positive: got {describe(positive)}, but a CONDITIONING is needed. Connect 'CLIP Text Encode'."
+            "positive: this CONDITIONING holds for a part of the steps only, but a LoRA learns at all noise levels. "
+            "Connect it without a time range."
         )
-    for _, options in positive:
-        starts = [options.get(key) or 0.0 for key in ("start_percent", "clip_start_percent")]
-        ends = [options.get(key, 1.0) for key in ("end_percent", "clip_end_percent")]
-        if max(starts) > 0 or min(ends) < 1:
-            raise RetraceError(
-                "positive: this CONDITIONING holds for a part of the steps only, but a LoRA learns at all noise "
-                "levels. Connect it without a time range."
-            )

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...host import Conditioning, Denoiser, Parametrisation
+from ...host import Conditioning, Denoiser, Parametrisation, picture_share
 from ...inversion import Method, invert, latent_psnr
 from ...metrics import psnr
 from ...sampling import sample_ddim
 from ...trajectory import Trajectory
+from .cost import memory_lines
 from .host import ComfyHost
 
 # Core starts a flow model at (1 - sigma) * latent: nothing would be left of the inverted noise at sigma 1.
@@ -44,9 +45,7 @@ class Inverted:
         residuals = facts.get("residuals")
         if isinstance(residuals, list) and residuals:
             lines.append(f"largest residual of a step {max(residuals):.1e}")
-        if peak_megabytes is not None:
-            lines.append(f"peak memory {peak_megabytes} MB")
-        return "\n".join(lines)
+        return "\n".join([*lines, *memory_lines(peak_megabytes)])
 
 
 def invert_latent(
@@ -108,7 +107,10 @@ def below_flow_top(parametrisation: Parametrisation, sigmas: Tensor) -> Tensor:
 
 def noise_samples(host: ComfyHost, trajectory: Trajectory) -> Tensor:
     """The inverted noise as ``samples`` of a LATENT, for core's samplers with their own noise switched off."""
-    noise = trajectory.noise
-    if host.parametrisation == "flow":
-        noise = noise / (1 - float(trajectory.sigmas[0]))
-    return host.from_model_scale(noise)
+    return noisy_samples(host, trajectory.noise, float(trajectory.sigmas[0]))
+
+
+def noisy_samples(host: ComfyHost, latent: Tensor, sigma: float) -> Tensor:
+    """A latent at level ``sigma`` as ``samples`` that core's samplers go on with, their own noise switched off."""
+    # Core scales what a flow model starts from by its share of the picture at that level.
+    return host.from_model_scale(latent / picture_share(sigma, host.parametrisation))

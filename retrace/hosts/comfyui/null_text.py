@@ -22,7 +22,8 @@ from ...errors import InvalidSchedule, RetraceError, TrajectoryMismatch
 from ...host import Conditioning, Denoiser
 from ...null_text import Callback, Mode, NullText, Start, optimise_null_text
 from ...trajectory import Trajectory
-from ...validation import describe
+from .conditioning import part_of_steps, require_conditioning
+from .cost import memory_lines
 from .host import ComfyHost
 from .inversion import noise_samples
 
@@ -52,9 +53,7 @@ class Optimised:
             f"changes of the embedding per step: {changes:.1f} on average, {max(result.iterations)} at most",
             f"largest loss that a step was left with {max(final):.1e}",
         ]
-        if peak_megabytes is not None:
-            lines.append(f"peak memory {peak_megabytes} MB")
-        return "\n".join(lines)
+        return "\n".join([*lines, *memory_lines(peak_megabytes)])
 
 
 def optimise(
@@ -82,14 +81,10 @@ def optimise(
         RetraceError: that list has several entries or a time range, or what the library raises.
     """
     trajectory.require_model(host.fingerprint())
-    if trajectory.method == "edit_friendly":
-        raise TrajectoryMismatch(
-            "The inversion is that of an 'Edit-friendly Inverter', whose latents are not points of one path, so there "
-            "is nothing to come back along. Connect a 'DDIM Inverter'."
-        )
+    trajectory.require_path()
     prompt = mode in ("prompt", "prompt_no_pivot")
     _one_entry("positive" if prompt else "negative", positive if prompt else negative)
-    _entries("negative" if prompt else "positive", negative if prompt else positive)
+    require_conditioning("negative" if prompt else "positive", negative if prompt else positive)
     alike = _only_text_differs(host, positive, negative)
 
     def method(denoiser: Denoiser, latent: Tensor, conds: Mapping[str, Conditioning]) -> NullText:
@@ -148,7 +143,7 @@ def to_tensors(conditioning: Any) -> dict[str, Tensor]:
 
     Raises :class:`~retrace.errors.RetraceError` for one that no optimiser made, or that carries more than numbers.
     """
-    entries = [entry for entry in _entries("negative", conditioning) if _KEY in entry[1]]
+    entries = [entry for entry in require_conditioning("negative", conditioning) if _KEY in entry[1]]
     if len(entries) != len(conditioning):
         raise RetraceError(
             "negative: this CONDITIONING was not optimised. Connect the 'negative' of a 'Null-text Optimizer', or "
@@ -277,26 +272,16 @@ def _check_step(entries: list[dict[str, Any]], sigma: float, images: int) -> Non
         )
 
 
-def _entries(name: str, value: Any) -> Any:
-    if not isinstance(value, list) or not value:
-        raise RetraceError(
-            f"{name}: got {describe(value)}, but a CONDITIONING is needed. Connect a 'CLIP Text Encode'."
-        )
-    return value
-
-
 def _one_entry(name: str, value: Any) -> None:
-    if len(_entries(name, value)) != 1:
+    if len(require_conditioning(name, value)) != 1:
         raise RetraceError(
             f"{name}: got {len(value)} prompts in one CONDITIONING (from 'Conditioning Combine', areas, or an earlier "
             "null-text optimisation), but exactly one can be optimised. Connect one 'CLIP Text Encode'."
         )
-    options = value[0][1]
-    starts = [options.get(key, 0.0) for key in ("start_percent", "clip_start_percent")]
-    ends = [options.get(key, 1.0) for key in ("end_percent", "clip_end_percent")]
-    if max(starts) > 0 or min(ends) < 1:
+    part = part_of_steps(value[0][1])
+    if part:
         raise RetraceError(
-            f"{name}: this CONDITIONING holds for a part of the steps only ({max(starts):g} to {min(ends):g}), but the "
+            f"{name}: this CONDITIONING holds for a part of the steps only ({part[0]:g} to {part[1]:g}), but the "
             "optimiser cuts it by steps itself. Connect it without a time range."
         )
 

@@ -90,6 +90,11 @@ def attention_layers(unet: Any) -> list[AttentionLayer]:
     return [AttentionLayer(path, block, running[order], 1 if n == 1 else 2) for order, n, path, block in sorted(layers)]
 
 
+def attention_blocks(unet: Any) -> list[str]:
+    """The block of every transformer block in the order they run: "down.0", "mid.0", "up.2"."""
+    return [layer.block for layer in attention_layers(unet) if layer.number == 1]
+
+
 @contextmanager
 def attention_hook(unet: Any, hook: AttentionHook, batch: Batch) -> Iterator[None]:
     """Inside, the self- and cross-attention of every transformer block of ``unet`` goes through ``hook``."""
@@ -116,42 +121,21 @@ def attention_hook(unet: Any, hook: AttentionHook, batch: Batch) -> Iterator[Non
         unet.set_attn_processor(before)
 
 
-class NetworkCut(BaseException):
-    """Ends a run of the network after the block that was asked for; not an error, and no handler of errors sees it."""
-
-    def __init__(self, output: Tensor) -> None:
-        self.output = output
-
-
-@contextmanager
-def cut_after(unet: Any, block: str) -> Iterator[None]:
-    """Inside, a run of ``unet`` ends with :class:`NetworkCut` after ``block``.
-
-    Raises:
-        RetraceError: a block that this model does not have.
-    """
-
-    def stop(_: Any, __: Any, output: Tensor) -> None:
-        raise NetworkCut(output)
-
-    handle = _known(unet, [block])[block].register_forward_hook(stop)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def feature_blocks(unet: Any) -> dict[str, Any]:
     """The blocks from the middle of the network on by name, in the order they run."""
     return {"mid.0": unet.mid_block} | {f"up.{i}": block for i, block in enumerate(unet.up_blocks)}
 
 
-def _known(unet: Any, blocks: Sequence[str]) -> dict[str, Any]:
+def feature_layer(unet: Any, name: str) -> Any:
+    """The block of that name.
+
+    Raises:
+        RetraceError: a block that this model does not have.
+    """
     known = feature_blocks(unet)
-    unknown = [b for b in blocks if b not in known]
-    if unknown:
-        raise RetraceError(f"Features of {', '.join(unknown)} were asked for; this model has {', '.join(known)}.")
-    return known
+    if name not in known:
+        raise RetraceError(f"Features of {name} were asked for; this model has {', '.join(known)}.")
+    return known[name]
 
 
 @contextmanager
@@ -161,14 +145,14 @@ def feature_hook(unet: Any, blocks: Sequence[str]) -> Iterator[dict[str, Tensor]
     Raises:
         RetraceError: a block that this model does not have.
     """
-    known = _known(unet, blocks)
+    layers = {name: feature_layer(unet, name) for name in blocks}
     kept: dict[str, Tensor] = {}
 
     def keep(name: str, _: Any, __: Any, output: Tensor) -> None:
         kept.pop(name, None)  # so that the newest comes last
         kept[name] = output
 
-    handles = [known[name].register_forward_hook(partial(keep, name)) for name in blocks]
+    handles = [layer.register_forward_hook(partial(keep, name)) for name, layer in layers.items()]
     try:
         yield kept
     finally:

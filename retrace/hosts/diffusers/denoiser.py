@@ -12,9 +12,10 @@ from torch import Tensor
 from ...errors import InvalidImage, RetraceError
 from ...host import AttentionHook, Conditioning, LowRank, Parametrisation, Row
 from ..adapters import adapted, shape_of
+from ..network_cut import NetworkCut, cut_after
 from ..recompute import recomputed
 from ..tensors import change_tensors
-from .attention import Batch, NetworkCut, attention_hook, cut_after, feature_blocks, feature_hook
+from .attention import Batch, attention_hook, feature_blocks, feature_hook, feature_layer
 from .lora import projection_layers
 from .noise_schedule import NoiseSchedule
 from .text import TextCondition
@@ -147,7 +148,7 @@ class UNetDenoiser:
 
     def features_of(self, x: Tensor, sigma: Tensor | float, cond: Conditioning, block: str) -> Tensor:
         """The output ``[B, C, h, w]`` of ``block``; the network is not run beyond it."""
-        with cut_after(self._unet, block):
+        with cut_after(feature_layer(self._unet, block)):
             try:
                 self.denoised(x, sigma, cond)
             except NetworkCut as cut:
