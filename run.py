@@ -1,4 +1,4 @@
-"""Retrace without ComfyUI, or through one: `python run.py demo`, `python run.py edit ...`, `python run.py test`.
+"""Retrace without ComfyUI: `python run.py demo`, `python run.py edit ...`, `python run.py test`.
 
 This file needs nothing but Python. It makes a virtual environment in `.venv` beside it, installs what the command
 needs, and starts itself again in there; the second time that takes no time.
@@ -58,12 +58,7 @@ def arguments() -> argparse.ArgumentParser:
         )
         command.add_argument("--output", type=Path, help="folder for the results (default: output/<name>)")
         command.add_argument("--size", type=int, help="longest side the model works at (default: the model's own)")
-        command.add_argument(
-            "--device", help="cuda, mps or cpu (default: the fastest there is; a ComfyUI is started on the CPU)"
-        )
-    demo.add_argument(
-        "--host", choices=("auto", "comfyui", "diffusers"), default="auto", help="default: a ComfyUI where one is found"
-    )
+        command.add_argument("--device", help="cuda, mps or cpu (default: the fastest there is)")
     test = commands.add_parser("test", help="check the code and run the tests", add_help=False)
     test.add_argument("pytest", nargs=argparse.REMAINDER, help="arguments for pytest; with any, only pytest runs")
     return parser

@@ -13,9 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from retrace.demo_graph import example, load_graph
 from torch import Tensor
 
-from retrace.demo_graph import example, load_graph
 from retrace.edit import EditSettings, edit_image
 from retrace.hosts.diffusers import DiffusersHost
 from retrace.inversion import invert

@@ -16,7 +16,6 @@ from torch import Tensor
 from .clip_files import SUFFIXES, fill, find_weights, read_weights
 from .errors import InvalidImage, UnsupportedModel, require
 from .pebble.clip_model import MEAN, STD, load_clip
-from .torchvision_ops import ensure_importable
 from .validation import describe
 
 PEBBLE = "Pebble's CLIP"
@@ -180,7 +179,6 @@ def load_image_text_model(
         InvalidFile: the weights are missing, unreadable or not of this architecture.
         UnsupportedModel: open_clip does not know the architecture or the tag, or it needs more than one file.
     """
-    ensure_importable()
     # Built outside of inference mode, so that gradients can go through, and without a trace in the global random state.
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         if str(name_or_file) == PEBBLE:

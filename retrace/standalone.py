@@ -6,10 +6,9 @@ import argparse
 import io
 import json
 import os
-import re
 import shutil
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .contact_sheet import contact_sheet, edit_panels
-from .demo_graph import example, load_graph, run_in_comfyui
 from .edit import EditSettings, edit_image
 from .errors import InvalidImage, RetraceError, is_out_of_memory
-from .hosts.comfyui_install import ComfyError, find_comfyui
 from .masks import mask_precision
 from .metrics import edit_report
 from .paste import paste_background
@@ -30,15 +27,11 @@ from .picture_files import read_image, read_mask, to_picture, write_whole
 from .terminal import Terminal
 
 ROOT = Path(__file__).resolve().parents[1]
-PEBBLE_SIZE = 128
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to edit and how: ``image`` ``[1, H, W, 3]``, ``mask`` ``[1, H, W]``, and where the results go.
-
-    ``own`` is False for the scene of the example graph, which a ComfyUI draws itself.
-    """
+    """What to edit and how: ``image`` ``[1, H, W, 3]``, ``mask`` ``[1, H, W]``, and where the results go."""
 
     image: Tensor
     mask: Tensor
@@ -46,15 +39,12 @@ class Job:
     prompt: str
     settings: EditSettings
     output: Path
-    own: bool = True
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a host made of a job, at the size of the picture, and what it reports. ``by`` names the host."""
+    """What became of a job, at the size of the image, and its report."""
 
-    by: str
-    source: Tensor
     reconstruction: Tensor
     edited: Tensor
     report: dict[str, Any]
@@ -66,9 +56,8 @@ def main(options: argparse.Namespace) -> int:
         os.environ.setdefault(name, "1")
     try:
         job = make_job(options)
-        outcome = through_comfyui(options, job) if options.command == "demo" else None
-        finish(job, outcome or through_diffusers(options, job))
-    except (RetraceError, ComfyError) as error:
+        finish(job, perform(options, job))
+    except RetraceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Exception as error:
@@ -107,12 +96,11 @@ def make_job(options: argparse.Namespace) -> Job:
 
 
 def example_job(output: Path) -> Job:
-    """What the example graph edits: a held-out scene of Pebble."""
-    shipped = example(load_graph())
-    (scene,) = scenes.heldout(1, shipped.index, shipped.objects)
-    mask = mask_precision(scenes.instance_masks(scene, shipped.margin)[:1], shipped.level, shipped.levels)
+    """What the example graph "Invert and blend" edits: a held-out scene of Pebble, under its bounding box."""
+    (scene,) = scenes.heldout(1, 75, objects=1)
+    mask = mask_precision(scenes.instance_masks(scene, margin=3)[:1], level=5, levels=5)
     image = scenes.render(scene).movedim(0, -1)[None]
-    return Job(image, mask, scene.caption(), shipped.prompt, shipped.settings, output, own=False)
+    return Job(image, mask, scene.caption(), "a blue square on grass", EditSettings(seed=10), output)
 
 
 def working_size(height: int, width: int, longest: int, multiple: int) -> tuple[int, int]:
@@ -148,7 +136,7 @@ def _pasted(edited: Tensor, unpasted: Tensor, job: Job, size: tuple[int, int]) -
     return paste_background(resize(unpasted, full), job.image, job.mask, feather)
 
 
-def through_diffusers(options: argparse.Namespace, job: Job) -> Outcome:
+def perform(options: argparse.Namespace, job: Job) -> Outcome:
     """Edit ``job`` with a model that diffusers runs.
 
     A photo is worked on at the model's own size; the edit is brought to the size of the photo and pasted into it.
@@ -176,66 +164,17 @@ def through_diffusers(options: argparse.Namespace, job: Job) -> Outcome:
         "at_working_size": result.report(),
     }
     edited = _pasted(result.edited, result.unpasted, job, size)
-    return Outcome("diffusers", job.image, resize(result.reconstruction, full), edited, report)
-
-
-def through_comfyui(options: argparse.Namespace, job: Job) -> Outcome | None:
-    """The same edit in a ComfyUI, or None when diffusers shall make it; says which, and why."""
-    if options.host == "diffusers":
-        return None
-    terminal = Terminal()
-    if options.model is not None:
-        if options.host == "comfyui":
-            raise ComfyError("--model is run by diffusers; the ComfyUI graph runs Pebble. Leave out one of the two.")
-        terminal.say("A model file was given, so diffusers runs it.")
-        return None
-    install = find_comfyui()
-    if install is None:
-        if options.host == "comfyui":
-            raise ComfyError("No ComfyUI was found. Set COMFYUI_PATH to the folder that holds its main.py.")
-        terminal.say("No ComfyUI was found (COMFYUI_PATH, custom_nodes, ~/ComfyUI), so diffusers makes the edit.")
-        return None
-    version = f"ComfyUI {install.version}".strip()
-    device = _comfyui_device(options.device)
-    where = (
-        f"the graphics card ({device})" if device != "cpu" else "the CPU (--device cuda or mps: on the graphics card)"
-    )
-    terminal.say(f"Editing through {version} in {install.path}: the example graph with Pebble, on {where}.")
-    full = (job.image.shape[1], job.image.shape[2])
-    size = working_size(*full, options.size or PEBBLE_SIZE, 8) if job.own else full
-    own = (resize(job.image, size)[0], resize_mask(job.mask, size)[0], job.source_prompt) if job.own else None
-    try:
-        result = run_in_comfyui(install, job.settings, job.prompt, own, terminal.wait, terminal.node, device)
-    except ComfyError as error:
-        if options.host == "comfyui":
-            raise
-        terminal.say(f"That ComfyUI could not do it: {str(error).strip().splitlines()[0]}")
-        terminal.say("So diffusers makes the edit. (--host comfyui stops here instead.)")
-        return None
-    terminal.say(f"  done in {result.seconds:.1f} s")
-    report = {
-        "comfyui": install.version,
-        "model": "Pebble",
-        "device": device,
-        "working_size": {"width": size[1], "height": size[0]},
-        "settings": asdict(job.settings),
-        "seconds": round(result.seconds, 2),
-        "node_reports": result.reports,
-    }
-    source = job.image if job.own else result.source
-    reconstruction = resize(result.reconstruction, full)
-    return Outcome(version, source, reconstruction, _pasted(result.edited, result.unpasted, job, size), report)
+    return Outcome(resize(result.reconstruction, full), edited, report)
 
 
 def finish(job: Job, outcome: Outcome) -> None:
     """Write pictures, contact sheet and report, and say where."""
     shown = {"reconstruction": outcome.reconstruction, "edit": outcome.edited}
-    scores = {name: edit_report(picture, outcome.source, job.mask) for name, picture in shown.items()}
-    pictures = (outcome.source[0], job.mask[0], outcome.reconstruction[0], outcome.edited[0])
+    scores = {name: edit_report(picture, job.image, job.mask) for name, picture in shown.items()}
+    pictures = (job.image[0], job.mask[0], outcome.reconstruction[0], outcome.edited[0])
     panels = edit_panels(*pictures, scores, job.source_prompt, job.prompt)
-    sheet = contact_sheet(panels, f"Retrace, through {outcome.by}")
+    sheet = contact_sheet(panels, "Retrace")
     report = {
-        "host": outcome.by,
         "source_prompt": job.source_prompt,
         "prompt": job.prompt,
         **outcome.report,
@@ -273,12 +212,3 @@ def _device(name: str | None) -> torch.device | None:
 
 def _unused_card(device: torch.device) -> bool:
     return device.type == "cpu" and torch.version.cuda is None and shutil.which("nvidia-smi") is not None
-
-
-def _comfyui_device(name: str | None) -> str:
-    """What --device means to a ComfyUI, which brings a torch of its own: the processor unless a card is named."""
-    if name is None:
-        return "cpu"
-    if re.fullmatch(r"cpu|mps|cuda(:\d+)?", name) is None:
-        raise RetraceError(f"--device: got '{name}', but a ComfyUI is started with cpu, mps, cuda or cuda:<number>.")
-    return name

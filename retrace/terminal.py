@@ -16,8 +16,7 @@ class Terminal:
     def __init__(self) -> None:
         self._live = sys.stdout.isatty()
         self._begun = time.perf_counter()
-        self._stage = self._node = ""
-        self._line = "starting"
+        self._stage = ""
         self._open = False
 
     def say(self, line: str) -> None:
@@ -39,21 +38,6 @@ class Terminal:
             self._end()
         elif step == total:
             self.say(line)
-
-    def node(self, title: str, step: int, total: int) -> None:
-        """A node of a graph begins (0 of 0), or did a step."""
-        if title != self._node:
-            self._end()
-            if not self._live:
-                self.say(f"  {title} ...")
-        self._node = title
-        self._line = f"{title[:28]:<30}{step:>4} of {total}" if total else title[:44]
-        self.wait()
-
-    def wait(self, _: float = 0.0) -> None:
-        """The clock behind the node that works, on a terminal."""
-        if self._live:
-            self._rewrite(f"  {self._line:<44}{self._seconds()}")
 
     def _seconds(self) -> str:
         return f"{time.perf_counter() - self._begun:5.1f} s"

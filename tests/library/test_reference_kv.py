@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from retrace.drag.reference_kv import ReferenceKV, default_first_layer, reference_rows
 from retrace.errors import RetraceError
 from retrace.host import AttentionCall, Row
-from retrace.torchvision_ops import ensure_importable
 
 
 def call(rows: list[Row], kind: Any = "self", index: int = 5, sigma: float = 2.0) -> AttentionCall:
@@ -115,7 +114,6 @@ class TestDefaultLayer:
         from retrace.hosts.diffusers import configs
         from retrace.hosts.diffusers.attention import attention_blocks
 
-        ensure_importable()
         diffusers = pytest.importorskip("diffusers")
         described = {"sd1": configs.Family("sd1"), "sd2": configs._sd2(), "sdxl": configs._sdxl()}[family].unet
         with torch.device("meta"):

@@ -14,7 +14,6 @@ import torch
 
 from ...errors import InvalidFile, RetraceError, UnsupportedModel, is_out_of_memory, require
 from ...pebble.weights import weights_folder
-from ...torchvision_ops import ensure_importable
 from . import configs
 
 _PURPOSE = "run a model without ComfyUI"
@@ -40,7 +39,6 @@ def load_parts(path: Path | None, dtype: torch.dtype) -> Parts:
         UnsupportedModel: another architecture, or an inpainting, refiner or instruction variant.
         MissingPackage: diffusers or transformers is not installed.
     """
-    ensure_importable()
     require("diffusers", _PURPOSE)
     require("transformers", _PURPOSE)
     unreadable = require("safetensors", _PURPOSE).SafetensorError

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ...torchvision_ops import ensure_importable
 from . import clip, export, unet, vae
 from .data import ScenePool
 from .stage import Stage, best_device
@@ -34,7 +33,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SHARES, default=list(SHARES), help="train these, keep the others")
     parser.add_argument("--scenes", type=int, default=16_000, help="training scenes held in memory")
     args = parser.parse_args()
-    ensure_importable()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log = logging.getLogger("retrace.pebble")
     whole = sum(SHARES[name] for name in args.only)
