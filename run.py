@@ -165,7 +165,7 @@ def main(argv: list[str]) -> int:
         if options.command == "test":
             return run_tests(options.pytest)
         sys.path.insert(0, str(ROOT))
-        from retrace.standalone import main as standalone
+        from retrace.cli.main import main as standalone
 
         return standalone(options)
     except SetupError as error:

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrace.blending import NoiseMode
+from retrace.blending.blend import NoiseMode
+from retrace.clip_guidance.ranking import Region
 from retrace.masks import LatentMaskMode, mask_precision
-from retrace.pebble.parser import ParsedScene, match_ground, parse
-from retrace.pebble.scenes import (
+from retrace.models.pebble.scenes import (
     COLOURS,
     GROUNDS,
     SHAPES,
@@ -30,7 +30,7 @@ from retrace.pebble.scenes import (
     sample_object,
     sample_scene,
 )
-from retrace.ranking import Region
+from tools.scene_parser import ParsedScene, match_ground, parse
 
 SIDE = 80
 """Pixels that extrapolation adds on each side; the rest of the model's window is the picture's own border."""

@@ -20,17 +20,17 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
-from retrace.background_reconstruction import reconstruct_background
-from retrace.blended_sampling import sample_blended
-from retrace.blending import Blend
-from retrace.clip import ImageTextModel, load_image_text_model
+from retrace.blending.blend import Blend
+from retrace.blending.decoder import reconstruct_background
+from retrace.blending.paste import paste_background
+from retrace.blending.poisson import poisson_blend
+from retrace.blending.sample import sample_blended
+from retrace.clip_guidance.ranking import Region, rank_by_clip
 from retrace.hosts.diffusers import DiffusersHost
 from retrace.masks import latent_mask
 from retrace.metrics import border_gradient, eight_bit_difference
-from retrace.paste import paste_background
-from retrace.pebble.scenes import scene_rng
-from retrace.poisson import poisson_blend
-from retrace.ranking import Region, rank_by_clip
+from retrace.models.clip.model import ImageTextModel, load_image_text_model
+from retrace.models.pebble.scenes import scene_rng
 
 from .applications import APPLICATIONS, Recipe, Task
 

@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrace.blended_sampling import first_latent, sample_blended
-from retrace.blending import Blend
-from retrace.clip import ImageTextModel, load_image_text_model
+from retrace.blending.blend import Blend
+from retrace.blending.paste import paste_background
+from retrace.blending.sample import first_latent, sample_blended
 from retrace.clip_guidance import Augmentations, ClipGuidance, GuidedRun, Schedule, View, Weights
+from retrace.core.sampling import sample_ddim
 from retrace.hosts.diffusers import DiffusersHost
 from retrace.masks import latent_mask, mask_precision
-from retrace.paste import paste_background
-from retrace.pebble.parser import found, parse
-from retrace.pebble.scenes import Scene, instance_masks, render_batch
-from retrace.sampling import sample_ddim
+from retrace.models.clip.model import ImageTextModel, load_image_text_model
+from retrace.models.pebble.scenes import Scene, instance_masks, render_batch
+from tools.scene_parser import found, parse
 
 from .pebble import red_circle_scenes, to_nchw, to_nhwc
 

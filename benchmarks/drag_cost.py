@@ -22,13 +22,13 @@ def main() -> None:
     import comfy.sample
     import torch
 
-    from retrace.drag.edit import DragSettings, drag_points
+    from retrace.attention.identity_lora import LoraTraining
+    from retrace.drag.latent.edit import DragSettings, drag_points
     from retrace.drag.points import DragPoints, PointPair
     from retrace.hosts.comfyui import ComfyHost
-    from retrace.hosts.comfyui.identity_lora import train_lora
+    from retrace.hosts.comfyui.patches.reference_kv import patch_reference_kv
     from retrace.hosts.comfyui.prompts import encode_prompts
-    from retrace.hosts.comfyui.reference_kv import patch_reference_kv
-    from retrace.identity_lora import LoraTraining
+    from retrace.hosts.comfyui.runs.identity_lora import train_lora
 
     model, text = build(args.model, getattr(torch, args.dtype))
     words = encode_prompts(text, ["a photo of a beach"])

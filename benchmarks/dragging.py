@@ -29,19 +29,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrace.drag.edit import DragSettings, drag_points
+from retrace.attention.identity_lora import LoraTraining, train
+from retrace.attention.reference_kv import ReferenceKV
+from retrace.blending.paste import paste_background
+from retrace.core.host import LowRank
+from retrace.core.sampling import sample_ddim
+from retrace.core.schedule import reference_sigmas, truncate
+from retrace.drag.latent.edit import DragSettings, drag_points
 from retrace.drag.points import DragPoints, PointPair
-from retrace.drag.reference_kv import ReferenceKV
-from retrace.drag.warp import warp_by_points
-from retrace.host import LowRank
+from retrace.drag.warp.apply import warp_by_points
 from retrace.hosts.diffusers import DiffusersHost
-from retrace.identity_lora import LoraTraining, train
 from retrace.metrics import psnr
-from retrace.paste import paste_background
-from retrace.pebble.parser import parse
-from retrace.pebble.scenes import SIZE, Object, Scene, instance_masks, render, sample_scene, scene_rng
-from retrace.sampling import sample_ddim
-from retrace.schedule import reference_sigmas, truncate
+from retrace.models.pebble.scenes import SIZE, Object, Scene, instance_masks, render, sample_scene, scene_rng
+from tools.scene_parser import parse
 
 from .applications import APPLICATIONS
 from .applications import Recipe as Painting

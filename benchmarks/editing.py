@@ -17,14 +17,14 @@ from typing import Any
 from torch import Tensor
 
 from retrace import prompt_to_prompt as p2p
-from retrace.edit_friendly import invert_edit_friendly, sample_edit_friendly
 from retrace.hosts.diffusers import DiffusersHost
-from retrace.inversion import invert
+from retrace.inversion.edit_friendly import invert_edit_friendly, sample_edit_friendly
+from retrace.inversion.invert import invert
+from retrace.inversion.null_text.optimise import Start, optimise_null_text
 from retrace.metrics import psnr
-from retrace.null_text import Start, optimise_null_text
-from retrace.pebble.parser import found
-from retrace.pebble.scenes import COLOURS, SHAPES, Scene, heldout, instance_masks, render_batch
-from retrace.proximal import Proximal
+from retrace.models.pebble.scenes import COLOURS, SHAPES, Scene, heldout, instance_masks, render_batch
+from retrace.prompt_to_prompt.proximal import Proximal
+from tools.scene_parser import found
 
 from .pebble import to_nhwc
 

@@ -24,11 +24,11 @@ def main() -> None:
 
     from retrace import prompt_to_prompt as p2p
     from retrace.hosts.comfyui import ComfyHost
-    from retrace.hosts.comfyui.edit_friendly import prepare_edit_friendly
-    from retrace.hosts.comfyui.inversion import invert_latent
-    from retrace.hosts.comfyui.null_text import optimise
-    from retrace.hosts.comfyui.prompt_to_prompt import patch_direct_inversion, patch_prompt_to_prompt
+    from retrace.hosts.comfyui.patches.prompt_to_prompt import patch_direct_inversion, patch_prompt_to_prompt
     from retrace.hosts.comfyui.prompts import encode_prompts, read_prompts
+    from retrace.hosts.comfyui.runs.edit_friendly import prepare_edit_friendly
+    from retrace.hosts.comfyui.runs.inversion import invert_latent
+    from retrace.hosts.comfyui.runs.null_text import optimise
 
     model, clip = build(args.model, getattr(torch, args.dtype))
     host = ComfyHost(model, clip)

@@ -21,7 +21,7 @@ def image_text() -> Any:
     import open_clip
     import torch
 
-    from retrace.clip import ImageTextModel
+    from retrace.models.clip.model import ImageTextModel
 
     with torch.inference_mode(False):
         config = open_clip.get_model_config("ViT-B-16")
@@ -37,7 +37,7 @@ def main() -> None:
     import torch
 
     from retrace.clip_guidance import Augmentations, ClipGuidance, Schedule
-    from retrace.hosts.comfyui.clip_guidance import patch_clip_guidance
+    from retrace.hosts.comfyui.patches.clip_guidance import patch_clip_guidance
     from retrace.hosts.comfyui.prompts import encode_prompts
 
     dtype = getattr(torch, args.dtype)

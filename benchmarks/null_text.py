@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retrace.core.sampling import sample_ddim
 from retrace.hosts.diffusers import DiffusersHost
-from retrace.inversion import invert
+from retrace.inversion.invert import invert
+from retrace.inversion.null_text.optimise import NullText, optimise_null_text
 from retrace.metrics import psnr
-from retrace.null_text import NullText, optimise_null_text
-from retrace.pebble.scenes import Scene, heldout, render_batch
-from retrace.sampling import sample_ddim
+from retrace.models.pebble.scenes import Scene, heldout, render_batch
 
 from .pebble import to_nhwc
 

@@ -13,25 +13,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from retrace.demo_graph import example, load_graph
 from torch import Tensor
 
-from retrace.edit import EditSettings, edit_image
+from retrace.cli.edit import EditSettings, edit_image
+from retrace.cli.main import example_mask
+from retrace.core.sampling import sample_ddim
 from retrace.hosts.diffusers import DiffusersHost
-from retrace.inversion import invert
-from retrace.masks import mask_precision
+from retrace.inversion.invert import invert
 from retrace.metrics import psnr
-from retrace.pebble.parser import found, parse
-from retrace.pebble.scenes import (
-    Scene,
-    heldout,
-    instance_masks,
-    render_batch,
-    sample_scene,
-    scene_rng,
-)
-from retrace.pebble.weights import weights_folder
-from retrace.sampling import sample_ddim
+from retrace.models.pebble.scenes import Scene, heldout, render_batch, sample_scene, scene_rng
+from retrace.models.pebble.weights import weights_folder
+from tools.scene_parser import found, parse
 
 Result = dict[str, float | int]
 BATCH = 16
@@ -106,7 +98,7 @@ def prompt_following(host: Any, count: int, steps: int = 50, guidance: float = 5
 
 
 def clip_retrieval(count: int) -> Result:
-    from retrace.pebble.clip_model import load_clip, retrieval
+    from retrace.models.pebble.clip import load_clip, retrieval
 
     scenes = heldout(count)
     model, tokenize = load_clip()
@@ -147,15 +139,13 @@ def red_circle_scenes(count: int, first: int = 120_000, split: str = "heldout") 
 
 def blend_edits(host: Any, count: int, settings: EditSettings | None = None) -> Result:
     """A red circle becomes a blue square: the edit that ships, with the settings and the mask of the example graph."""
-    shipped = example(load_graph())
-    settings = settings or shipped.settings
+    settings = settings or EditSettings()
     hits: list[bool] = []
     blue: list[bool] = []
     same: list[bool] = []
     for number, scenes in enumerate(batches(red_circle_scenes(count))):
         images = to_nhwc(render_batch(scenes))
-        exact = torch.stack([instance_masks(s, shipped.margin)[0] for s in scenes])
-        masks = mask_precision(exact, shipped.level, shipped.levels)
+        masks = torch.cat([example_mask(s) for s in scenes])
         new = [replace(s.objects[0], colour="blue", shape="square") for s in scenes]
         # The words for the whole picture, as for any model: what the mask leaves alone is named, too.
         wanted = [replace(s, objects=(o, *s.objects[1:])) for s, o in zip(scenes, new, strict=True)]

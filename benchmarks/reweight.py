@@ -16,8 +16,8 @@ from torch import Tensor
 
 from retrace import prompt_to_prompt as p2p
 from retrace.hosts.diffusers import DiffusersHost
-from retrace.inversion import invert
-from retrace.pebble.scenes import COLOURS, Scene, instance_masks, render_batch, sample_scene, scene_rng
+from retrace.inversion.invert import invert
+from retrace.models.pebble.scenes import COLOURS, Scene, instance_masks, render_batch, sample_scene, scene_rng
 
 from .pebble import to_nhwc
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..retrace.core.checks import describe
+from ..retrace.core.errors import InvalidFile, InvalidImage
+from ..retrace.core.trajectory import Trajectory
 from ..retrace.drag.points import DragPoints, InvalidPoints
-from ..retrace.errors import InvalidFile, InvalidImage
-from ..retrace.trajectory import Trajectory
-from ..retrace.validation import describe
 
 
 def require_trajectory(value: object) -> Trajectory:

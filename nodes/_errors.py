@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import comfy.model_management
 import torch
 
-from ..retrace.errors import RetraceError
+from ..retrace.core.errors import RetraceError
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -13,10 +13,10 @@ PREFIX = "Retrace"
 _SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 
 Trajectory = io.Custom("RETRACE_TRAJECTORY")
-"""Socket of :class:`retrace.trajectory.Trajectory`."""
+"""Socket of :class:`Trajectory`."""
 
 ImageText = io.Custom("RETRACE_CLIP")
-"""Socket of :class:`retrace.clip.ImageTextModel`."""
+"""Socket of :class:`retrace.models.clip.model.ImageTextModel`."""
 
 Points = io.Custom("RETRACE_POINTS")
 """Socket of :class:`retrace.drag.points.DragPoints`."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..retrace.words import parse_words
+from ..retrace.core.prompt import parse_words
 from ._checks import require_trajectory
 from ._errors import reports_errors
 from ._schema import Trajectory, schema
@@ -66,7 +66,7 @@ class AttentionMask(io.ComfyNode):
         cls, model: Any, clip: Any, trajectory: Any, prompt: str, words: str, threshold: float, levels: int
     ) -> io.NodeOutput:
         from ..retrace.hosts.comfyui import ComfyHost
-        from ..retrace.hosts.comfyui.word_masks import find_words
+        from ..retrace.hosts.comfyui.runs.word_masks import find_words
 
         require_trajectory(trajectory)
         found = find_words(ComfyHost(model, clip), trajectory, prompt, parse_words(words), threshold, levels)

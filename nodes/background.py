@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..retrace.background_reconstruction import Training, reconstruct_background
-from ..retrace.errors import RetraceError
+from ..retrace.blending.decoder import Training, reconstruct_background
+from ..retrace.blending.poisson import poisson_blend
+from ..retrace.core.errors import RetraceError
 from ..retrace.metrics import psnr
-from ..retrace.poisson import poisson_blend
 from ._errors import reports_errors
 from ._schema import advanced, schema
 

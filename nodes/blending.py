@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..retrace.errors import RetraceError
-from ..retrace.paste import paste_background
+from ..retrace.blending.paste import paste_background
+from ..retrace.core.errors import RetraceError
 from ._errors import reports_errors
 from ._schema import Trajectory, advanced, schema, seed_input
 
@@ -89,7 +89,7 @@ class BlendStep(io.ComfyNode):
         source: dict[str, Any] | None = None,
         trajectory: Any = None,
     ) -> io.NodeOutput:
-        from ..retrace.hosts.comfyui.blend import patch_blend
+        from ..retrace.hosts.comfyui.patches.blend import patch_blend
 
         if source is None and trajectory is None:
             raise RetraceError(

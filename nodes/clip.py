@@ -9,9 +9,9 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from ..retrace.clip import ARCHITECTURES, KNOWN, PEBBLE, load_image_text_model
-from ..retrace.clip_files import SUFFIXES
-from ..retrace.errors import InvalidFile
+from ..retrace.core.errors import InvalidFile
+from ..retrace.models.clip.files import SUFFIXES
+from ..retrace.models.clip.model import ARCHITECTURES, KNOWN, PEBBLE, load_image_text_model
 from ._errors import reports_errors
 from ._schema import ImageText, advanced, schema
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..retrace.clip import ImageTextModel
 from ..retrace.clip_guidance import Augmentations, ClipGuidance, Schedule, Weights
 from ..retrace.metrics import load_lpips
+from ..retrace.models.clip.model import ImageTextModel
 from ._errors import reports_errors
 from ._schema import ImageText, advanced, schema, seed_input
 
@@ -168,7 +168,7 @@ class CLIPGuidance(io.ComfyNode):
         dsg: float = 0.0,
         parity: bool = False,
     ) -> io.NodeOutput:
-        from ..retrace.hosts.comfyui.clip_guidance import patch_clip_guidance
+        from ..retrace.hosts.comfyui.patches.clip_guidance import patch_clip_guidance
 
         lpips = None
         if background_lpips:

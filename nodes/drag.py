@@ -7,24 +7,15 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..retrace.drag.edit import DragSettings
-from ..retrace.errors import RetraceError
-from ..retrace.schedule import check_sigmas
-from ..retrace.validation import check_latent, check_mask
+from ..retrace.core.checks import check_latent, check_mask
+from ..retrace.core.errors import RetraceError
+from ..retrace.core.schedule import check_sigmas
+from ..retrace.drag.latent.edit import DragSettings
 from ._checks import latent_samples, require_points, require_trajectory
 from ._errors import reports_errors
 from ._memory import PeakMemory
 from ._progress import progress_text
-from ._schema import (
-    SAVE_MEMORY,
-    Points,
-    Trajectory,
-    advanced,
-    save_memory_input,
-    scheduler_input,
-    schema,
-    sigmas_input,
-)
+from ._schema import SAVE_MEMORY, Points, Trajectory, advanced, save_memory_input, scheduler_input, schema, sigmas_input
 
 BLOCKS = ("auto", "mid.0", "up.0", "up.1", "up.2", "up.3")
 
@@ -225,9 +216,9 @@ class DragLatentOptimizer(io.ComfyNode):
         negative: Any = None,
         sigmas: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        from ..retrace.drag.drawing import draw_paths
         from ..retrace.hosts.comfyui import ComfyHost
-        from ..retrace.hosts.comfyui.drag import drag_latent
+        from ..retrace.hosts.comfyui.runs.drag import drag_latent
+        from ..retrace.pictures.drag_paths import draw_paths
 
         points = require_points(points)
         host = ComfyHost(model)

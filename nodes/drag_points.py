@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
+from ..retrace.core.checks import check_image, describe
+from ..retrace.core.errors import InvalidImage
 from ..retrace.drag.points import EXAMPLE, DragPoints, InvalidPoints, movable_area, parse_points
-from ..retrace.errors import InvalidImage
-from ..retrace.validation import check_image, describe
 from ._errors import reports_errors
 from ._schema import Points, schema
 

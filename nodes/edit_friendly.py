@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..retrace.edit_friendly import without_first_steps
-from ..retrace.schedule import check_sigmas
-from ..retrace.validation import check_latent
+from ..retrace.core.checks import check_latent
+from ..retrace.core.schedule import check_sigmas
+from ..retrace.inversion.edit_friendly import without_first_steps
 from ._checks import latent_samples
 from ._errors import reports_errors
 from ._memory import PeakMemory
@@ -106,7 +106,7 @@ class EditFriendlyInverter(io.ComfyNode):
         sigmas: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         from ..retrace.hosts.comfyui import ComfyHost
-        from ..retrace.hosts.comfyui.edit_friendly import prepare_edit_friendly
+        from ..retrace.hosts.comfyui.runs.edit_friendly import prepare_edit_friendly
 
         host = ComfyHost(model)
         samples = check_latent("latent", latent_samples(latent), host.latent_channels)

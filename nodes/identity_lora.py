@@ -6,8 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..retrace.identity_lora import LoraTraining
-from ..retrace.loss_plot import loss_picture, running_mean
+from ..retrace.attention.identity_lora import LoraTraining
+from ..retrace.pictures.loss_plot import loss_picture, running_mean
 from ._checks import latent_samples
 from ._errors import reports_errors
 from ._memory import PeakMemory
@@ -112,7 +112,7 @@ class IdentityLora(io.ComfyNode):
         weight_decay: float = 1e-2,
     ) -> io.NodeOutput:
         from ..retrace.hosts.comfyui import ComfyHost
-        from ..retrace.hosts.comfyui.identity_lora import train_lora
+        from ..retrace.hosts.comfyui.runs.identity_lora import train_lora
 
         samples = latent_samples(latent)
         training = LoraTraining(

@@ -8,10 +8,10 @@ import comfy.samplers
 import torch
 from comfy_api.latest import io, ui
 
-from ..retrace.inversion import METHODS
-from ..retrace.sampling import require_deterministic
-from ..retrace.schedule import check_sigmas
-from ..retrace.validation import check_latent
+from ..retrace.core.checks import check_latent
+from ..retrace.core.sampling import require_deterministic
+from ..retrace.core.schedule import check_sigmas
+from ..retrace.inversion.invert import METHODS
 from ._checks import latent_samples
 from ._errors import reports_errors
 from ._memory import PeakMemory
@@ -110,7 +110,7 @@ class DDIMInverter(io.ComfyNode):
         sampler_name: str = "euler",
     ) -> io.NodeOutput:
         from ..retrace.hosts.comfyui import ComfyHost
-        from ..retrace.hosts.comfyui.inversion import invert_latent
+        from ..retrace.hosts.comfyui.runs.inversion import invert_latent
 
         require_deterministic(sampler_name)
         host = ComfyHost(model, vae=vae)

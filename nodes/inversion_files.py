@@ -8,9 +8,9 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..retrace.errors import InvalidFile
-from ..retrace.trajectory import Trajectory as TrajectoryData
-from ..retrace.trajectory_file import SUFFIX, load_with_extra, safe_name, save_trajectory
+from ..retrace.core.errors import InvalidFile
+from ..retrace.core.trajectory import Trajectory as TrajectoryData
+from ..retrace.inversion.files import SUFFIX, load_with_extra, safe_name, save_trajectory
 from ._checks import require_trajectory
 from ._errors import reports_errors
 from ._schema import Trajectory, schema
@@ -52,7 +52,7 @@ class SaveInversion(io.ComfyNode):
     @classmethod
     @reports_errors("Save Inversion")
     def execute(cls, trajectory: TrajectoryData, name: str, overwrite: bool, negative: Any = None) -> io.NodeOutput:
-        from ..retrace.hosts.comfyui.null_text import to_tensors
+        from ..retrace.hosts.comfyui.runs.null_text import to_tensors
 
         require_trajectory(trajectory)
         extra = {} if negative is None else {_NEGATIVE + k: v for k, v in to_tensors(negative).items()}
@@ -129,8 +129,8 @@ class LoadInversion(io.ComfyNode):
             blocked = _blocked("the noise as LATENT and the negative need the model that made them. Connect it here.")
             return io.NodeOutput(blocked, trajectory, sigmas, blocked)
         from ..retrace.hosts.comfyui import ComfyHost
-        from ..retrace.hosts.comfyui.inversion import noise_samples
-        from ..retrace.hosts.comfyui.null_text import from_tensors
+        from ..retrace.hosts.comfyui.runs.inversion import noise_samples
+        from ..retrace.hosts.comfyui.runs.null_text import from_tensors
 
         host = ComfyHost(model)
         trajectory.require_model(host.fingerprint())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from ..retrace.errors import RetraceError
+from ..retrace.core.errors import RetraceError
 from ..retrace.masks import mask_precision
 from ._errors import reports_errors
 from ._schema import schema

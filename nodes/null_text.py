@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..retrace.null_text import MODES
+from ..retrace.inversion.null_text.optimise import MODES
 from ._checks import require_trajectory
 from ._errors import reports_errors
 from ._memory import PeakMemory
@@ -124,7 +124,7 @@ class NullTextOptimizer(io.ComfyNode):
         start: str = "positive",
     ) -> io.NodeOutput:
         from ..retrace.hosts.comfyui import ComfyHost
-        from ..retrace.hosts.comfyui.null_text import optimise
+        from ..retrace.hosts.comfyui.runs.null_text import optimise
 
         require_trajectory(trajectory)
         host = ComfyHost(model)

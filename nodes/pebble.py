@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..retrace.pebble.scenes import instance_masks, render, sample_scene, scene_rng
-from ..retrace.pebble.weights import weights_folder
+from ..retrace.models.pebble.scenes import instance_masks, render, sample_scene, scene_rng
+from ..retrace.models.pebble.weights import weights_folder
 from ._errors import reports_errors
 from ._schema import schema
 

@@ -7,9 +7,9 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..retrace import prompt_to_prompt as p2p
-from ..retrace.errors import InvalidImage
-from ..retrace.proximal import KINDS, Proximal
-from ..retrace.validation import check_latent
+from ..retrace.core.checks import check_latent
+from ..retrace.core.errors import InvalidImage
+from ..retrace.prompt_to_prompt.proximal import KINDS, Proximal
 from ._checks import latent_samples, require_trajectory
 from ._errors import reports_errors
 from ._schema import Trajectory, advanced, schema
@@ -134,7 +134,7 @@ class PromptToPromptNode(io.ComfyNode):
         self_limit: int,
         parity: bool,
     ) -> io.NodeOutput:
-        from ..retrace.hosts.comfyui.prompt_to_prompt import patch_prompt_to_prompt
+        from ..retrace.hosts.comfyui.patches.prompt_to_prompt import patch_prompt_to_prompt
         from ..retrace.hosts.comfyui.prompts import encode_prompts, read_prompts
 
         samples = check_latent("latent", latent_samples(latent, "DDIM Inverter"))
@@ -205,7 +205,7 @@ class DirectInversion(io.ComfyNode):
     @classmethod
     @reports_errors("Direct Inversion")
     def execute(cls, model: Any, trajectory: Any) -> io.NodeOutput:
-        from ..retrace.hosts.comfyui.prompt_to_prompt import patch_direct_inversion
+        from ..retrace.hosts.comfyui.patches.prompt_to_prompt import patch_direct_inversion
 
         require_trajectory(trajectory)
         return io.NodeOutput(patch_direct_inversion(model, trajectory))
@@ -247,6 +247,6 @@ class ProximalGuidance(io.ComfyNode):
     @classmethod
     @reports_errors("Proximal Guidance")
     def execute(cls, model: Any, quantile: float, kind: str) -> io.NodeOutput:
-        from ..retrace.hosts.comfyui.guidance import patch_proximal
+        from ..retrace.hosts.comfyui.patches.proximal import patch_proximal
 
         return io.NodeOutput(patch_proximal(model, Proximal(quantile, kind)))

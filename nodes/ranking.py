@@ -7,9 +7,9 @@ from typing import Any, cast, get_args
 import torch
 from comfy_api.latest import io, ui
 
-from ..retrace.clip import ImageTextModel
-from ..retrace.labelled import with_labels
-from ..retrace.ranking import Region, rank_by_clip
+from ..retrace.clip_guidance.ranking import Region, rank_by_clip
+from ..retrace.models.clip.model import ImageTextModel
+from ..retrace.pictures.labels import with_labels
 from ._errors import reports_errors
 from ._schema import ImageText, advanced, schema
 

@@ -63,7 +63,7 @@ class ReferenceKVControl(io.ComfyNode):
     @classmethod
     @reports_errors("Reference KV Control")
     def execute(cls, model: Any, first_layer: int, start_percent: float, end_percent: float) -> io.NodeOutput:
-        from ..retrace.hosts.comfyui.reference_kv import patch_reference_kv
+        from ..retrace.hosts.comfyui.patches.reference_kv import patch_reference_kv
 
         first = None if first_layer == _AUTO else first_layer
         patched = patch_reference_kv(model, first, start_percent=start_percent, end_percent=end_percent)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..retrace.clip import ImageTextModel
 from ..retrace.metrics import edit_report
+from ..retrace.models.clip.model import ImageTextModel
 from ._errors import reports_errors
 from ._schema import ImageText, schema
 

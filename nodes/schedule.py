@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..retrace.schedule import GRIDS, reference_sigmas
+from ..retrace.core.schedule import GRIDS, reference_sigmas
 from ._errors import reports_errors
 from ._schema import advanced, schema
 

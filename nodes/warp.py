@@ -7,8 +7,8 @@ from typing import Any, cast, get_args
 import torch
 from comfy_api.latest import io, ui
 
-from ..retrace.drag.deformation import Mode
-from ..retrace.drag.warp import warp_by_points
+from ..retrace.drag.warp.apply import warp_by_points
+from ..retrace.drag.warp.deformation import Mode
 from ._checks import require_points
 from ._errors import reports_errors
 from ._schema import Points, schema

@@ -7,8 +7,8 @@ a changed estimate of the clean latent, which any sampler can use.
 from __future__ import annotations
 
 from .decoders import linear_decoder
-from .guidance import ClipGuidance, Weights
 from .losses import background_mse, range_loss, spherical_distance
+from .objective import ClipGuidance, Weights
 from .step import GradientPath, GuidedRun, Schedule
 from .views import Augmentations, View
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedModel
+from ..core.errors import UnsupportedModel
 
 Decoder = Callable[[Tensor], Tensor]
 """Latents ``[B, C, h, w]`` to pictures ``[B, 3, H, W]`` around -1..1, with gradients."""

@@ -12,11 +12,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..errors import RetraceError
-from ..host import Parametrisation, picture_share
-from ..schedule import step_of
+from ..core.errors import RetraceError
+from ..core.host import Parametrisation, picture_share
+from ..core.schedule import step_of
 from .decoders import Decoder
-from .guidance import ClipGuidance
+from .objective import ClipGuidance
 
 GradientPath = Literal["full", "x0"]
 Predict = Callable[[Tensor], Tensor]
@@ -166,7 +166,7 @@ class GuidedRun:
         """``move`` of the estimate with the length for which an ancestral step goes ``dsg`` times as far as its noise.
 
         The noise and what a move of the estimate makes of the mean are those of
-        :func:`~retrace.sampling.ancestral_step`.
+        :func:`ancestral_step`.
         """
         if sigma_next <= 0 or sigma_next >= sigma:
             return torch.zeros_like(move)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import RetraceError, require
+from ..core.errors import RetraceError, require
 
 View = Literal["region", "picture"]
 

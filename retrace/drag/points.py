@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InvalidImage, RetraceError
-from ..validation import check_mask, describe
+from ..core.checks import check_mask, describe
+from ..core.errors import InvalidImage, RetraceError
 
 Point = tuple[float, float]
 MOST_POINTS = 100

@@ -1,0 +1,1 @@
+"""Frameworks that run a model for the methods: ComfyUI and diffusers."""

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..errors import InvalidSchedule, require
-from ..validation import check_mask
+from ..core.checks import check_mask
+from ..core.errors import InvalidSchedule, require
 
 
 def _check_radius(radius_px: float) -> float:

@@ -7,8 +7,8 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import InvalidImage, RetraceError
-from ..validation import check_mask, check_steps, describe
+from ..core.checks import check_mask, check_steps, describe
+from ..core.errors import InvalidImage, RetraceError
 
 LatentMaskMode = Literal["max", "any", "area", "nearest"]
 

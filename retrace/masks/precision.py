@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import InvalidImage, InvalidSchedule, require
-from ..validation import check_mask, check_steps
+from ..core.checks import check_mask, check_steps
+from ..core.errors import InvalidImage, InvalidSchedule, require
 
 BINARY_CUT = 0.5
 """A soft mask counts as selected from here on when the output is binary."""
@@ -66,7 +66,7 @@ def mask_precision(
         than a lower level. An empty mask stays empty, a full one full.
 
     Raises:
-        InvalidImage: not a mask (see :func:`retrace.validation.check_mask`), or one whose values are all below
+        InvalidImage: not a mask (see :func:`retrace.core.checks.check_mask`), or one whose values are all below
             ``BINARY_CUT`` when the output is binary.
         InvalidSchedule: ``level``, ``levels``, ``threshold`` or ``sigma_max`` out of range.
         MissingPackage: kornia or scipy is not installed.

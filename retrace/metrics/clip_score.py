@@ -9,9 +9,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..clip import ImageTextModel
-from ..errors import InvalidImage
-from ..validation import check_image, describe, match_batch
+from ..core.checks import check_image, describe, match_batch
+from ..core.errors import InvalidImage
+from ..models.clip.model import ImageTextModel
 
 View = Literal["whole", "inside", "outside", "box"]
 

@@ -12,8 +12,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidFile, InvalidImage, RetraceError, require
-from ..validation import check_image, check_same_size, describe, match_batch
+from ..core.checks import check_image, check_same_size, describe, match_batch
+from ..core.errors import InvalidFile, InvalidImage, RetraceError, require
 
 LpipsNet = Literal["alex", "vgg", "squeeze"]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import InvalidImage, require
-from ..validation import check_image, check_same_size, describe, match_batch
+from ..core.checks import check_image, check_same_size, describe, match_batch
+from ..core.errors import InvalidImage, require
 
 PSNR_CAP = 100.0
 """dB given to identical pictures and latents, whose PSNR is infinite and which JSON could not hold; far beyond what 8

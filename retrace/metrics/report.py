@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..clip import ImageTextModel
-from ..errors import RetraceError
-from ..validation import check_image, check_mask, check_same_size, match_batch
+from ..core.checks import check_image, check_mask, check_same_size, match_batch
+from ..core.errors import RetraceError
+from ..models.clip.model import ImageTextModel
 from .clip_score import ClipScores, clip_scores
 from .perceptual import LpipsNet, load_lpips, lpips_distance
 from .quality import PSNR_CAP, changed_pixels, decibel, eight_bit_difference, mse, pool_ssim, ssim_map

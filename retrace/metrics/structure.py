@@ -7,8 +7,8 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import InvalidImage
-from ..validation import describe, match_batch
+from ..core.checks import describe, match_batch
+from ..core.errors import InvalidImage
 
 
 def self_similarity(tokens: Tensor) -> Tensor:

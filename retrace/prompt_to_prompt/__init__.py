@@ -1,12 +1,12 @@
 """Prompt-to-Prompt: edit a picture by editing its prompt (Hertz et al. 2023)."""
 
-from ..words import Prompt, Word, parse_values, parse_words, read_prompt
+from ..core.prompt import Prompt, Word, parse_values, parse_words, read_prompt
+from ..pictures.token_map import token_pictures
 from .alignment import MODES, Mode, TokenMap, token_map
 from .control import Controller, PromptToPrompt, Target, Window, plan
 from .describe import describe_edit
 from .local_blend import LocalBlend, WordMaps, local_blend
 from .sample import sample_edit
-from .token_picture import token_pictures
 from .word_masks import word_maps, word_mask
 
 __all__ = [

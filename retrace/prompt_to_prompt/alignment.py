@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import RetraceError
-from ..words import Prompt
+from ..core.errors import RetraceError
+from ..core.prompt import Prompt
 
 Mode = Literal["replace", "refine"]
 MODES: tuple[Mode, ...] = ("replace", "refine")

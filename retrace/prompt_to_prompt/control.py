@@ -2,7 +2,7 @@
 
 Hertz et al. 2023, "Prompt-to-Prompt Image Editing with Cross Attention Control" (arXiv 2208.01626), section 3. The
 source and its targets are images of one batch, the source first. While they are denoised together, the targets take
-over cross-attention maps of the source (through a :class:`~retrace.prompt_to_prompt.alignment.TokenMap`) and its
+over cross-attention maps of the source (through a :class:`TokenMap`) and its
 self-attention maps, each during a window of the steps.
 """
 
@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..errors import RetraceError
-from ..host import AttentionCall
-from ..words import Prompt
+from ..core.errors import RetraceError
+from ..core.host import AttentionCall
+from ..core.prompt import Prompt
 from .alignment import Mode, TokenMap, token_map
 from .local_blend import LocalBlend, WordMaps
 
@@ -131,7 +131,7 @@ def attention_maps(q: Tensor, k: Tensor) -> Tensor:
 
 @dataclass
 class Controller:
-    """An :class:`~retrace.host.AttentionHook` for one run. ``step`` is the step that runs; set it as the run goes on.
+    """An :class:`AttentionHook` for one run. ``step`` is the step that runs; set it as the run goes on.
 
     ``positive`` are the numbers of the conditions whose rows are edited (:attr:`Row.cond`); all other rows pass
     untouched.

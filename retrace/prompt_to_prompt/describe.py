@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..words import Prompt
+from ..core.prompt import Prompt
 from .control import PromptToPrompt, Target
 
 

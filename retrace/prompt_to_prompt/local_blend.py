@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import RetraceError
-from ..host import AttentionCall
-from ..words import Prompt
+from ..core.errors import RetraceError
+from ..core.host import AttentionCall
+from ..core.prompt import Prompt
 
 Places = tuple[tuple[int, ...], ...]
 """For the source and each target: where the chosen words stand in the embedding."""

@@ -8,14 +8,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..errors import RetraceError
-from ..host import Conditioning, Denoiser, guided
-from ..proximal import Proximal
-from ..sampling import ddim_step, require_finite
-from ..schedule import check_sigmas
-from ..trajectory import Trajectory
-from ..validation import check_latent
+from ..core.checks import check_latent
+from ..core.errors import RetraceError
+from ..core.host import Conditioning, Denoiser, guided
+from ..core.sampling import ddim_step, require_finite
+from ..core.schedule import check_sigmas
+from ..core.trajectory import Trajectory
 from .control import PromptToPrompt
+from .proximal import Proximal
 
 
 def sample_edit(
@@ -40,7 +40,7 @@ def sample_edit(
         edit: Prompt-to-Prompt between the prompts; without it they share nothing but the noise.
         source: Direct Inversion (Ju et al. 2024): the source is put back on the path of its inversion at every step.
             Its guided estimate is then not needed, which leaves 2 P - 1 evaluations per step of 2 P.
-        null_text: unconditional embeddings ``[1, T, D]`` for every step, from :mod:`retrace.null_text`.
+        null_text: unconditional embeddings ``[1, T, D]`` for every step, from :mod:`retrace.inversion.null_text`.
         source_needs_no_guidance: ``uncond`` is the source prompt itself (negative-prompt inversion, Miyake et al.
             2023), so that guidance does nothing to the source; saves the same evaluation.
         proximal: threshold what guidance changes.

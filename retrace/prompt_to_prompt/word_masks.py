@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..host import AttentionCall, Conditioning, Denoiser
-from ..trajectory import Trajectory
-from ..validation import check_steps
+from ..core.checks import check_steps
+from ..core.host import AttentionCall, Conditioning, Denoiser
+from ..core.trajectory import Trajectory
 from .control import attention_maps
 from .local_blend import LocalBlend, WordMaps
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrace.host import Parametrisation
+from retrace.core.host import Parametrisation
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Mean:
 
 @dataclass
 class Gaussian:
-    """Data N(cond, basis diag(std^2) basis^T) over flattened latents ``[C, h, w]``, a :class:`retrace.host.Denoiser`.
+    """Data N(cond, basis diag(std^2) basis^T) over flattened latents ``[C, h, w]``, a :class:`Denoiser`.
 
     ``basis`` (orthogonal ``[n, n]``, or None for independent entries) makes the covariance full. ``bend`` adds a
     nonlinear term to the estimate, for what a linear model cannot show; ``gain`` replaces all of it by ``gain * x``.

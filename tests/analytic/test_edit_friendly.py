@@ -11,15 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrace.edit_friendly import (
-    ddpm_levels,
-    invert_edit_friendly,
-    sample_edit_friendly,
-    without_first_steps,
-)
-from retrace.errors import InvalidImage, InvalidSchedule, RetraceError, TrajectoryMismatch
-from retrace.sampling import ddpm_mean
-from retrace.schedule import reference_sigmas
+from retrace.core.errors import InvalidImage, InvalidSchedule, RetraceError, TrajectoryMismatch
+from retrace.core.sampling import ddpm_mean
+from retrace.core.schedule import reference_sigmas
+from retrace.inversion.edit_friendly import ddpm_levels, invert_edit_friendly, sample_edit_friendly, without_first_steps
 
 from .gaussian import Gaussian, Mean, centre, ladder, natural, relative, stable_diffusion_sigmas
 

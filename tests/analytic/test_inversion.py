@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from retrace.errors import InvalidImage, InvalidSchedule, RetraceError
-from retrace.inversion import METHODS, PSNR_CAP, invert, latent_psnr
-from retrace.sampling import sample_ddim
-from retrace.schedule import reference_sigmas
+from retrace.core.errors import InvalidImage, InvalidSchedule, RetraceError
+from retrace.core.sampling import sample_ddim
+from retrace.core.schedule import reference_sigmas
+from retrace.inversion.invert import METHODS, PSNR_CAP, invert, latent_psnr
 
 from .gaussian import Mean, centre, ladder, natural, relative, slope, stable_diffusion_sigmas
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrace.errors import InvalidSchedule, RetraceError, TrajectoryMismatch
-from retrace.inversion import invert
-from retrace.null_text import MODES, NullText, optimise_null_text
-from retrace.null_text_steps import Optimisation, Settings
-from retrace.sampling import sample_ddim
-from retrace.trajectory import Trajectory
+from retrace.core.errors import InvalidSchedule, RetraceError, TrajectoryMismatch
+from retrace.core.sampling import sample_ddim
+from retrace.core.trajectory import Trajectory
+from retrace.inversion.invert import invert
+from retrace.inversion.null_text.optimise import MODES, NullText, optimise_null_text
+from retrace.inversion.null_text.steps import Optimisation, Settings
 
 from .gaussian import Gaussian, Mean, centre, ladder, natural
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from retrace.errors import InvalidImage, InvalidSchedule, RetraceError
-from retrace.host import add_noise
-from retrace.sampling import STOCHASTIC_SAMPLERS, ancestral_step, ddim_step, require_deterministic, sample_ddim
+from retrace.core.errors import InvalidImage, InvalidSchedule, RetraceError
+from retrace.core.host import add_noise
+from retrace.core.sampling import STOCHASTIC_SAMPLERS, ancestral_step, ddim_step, require_deterministic, sample_ddim
 
 from .gaussian import Gaussian, Mean, centre, ladder, natural, relative, slope
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from retrace.hosts.comfyui_server import ComfyServer, find_comfyui
+from tools.comfyui.server import ComfyServer, find_comfyui
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that the tests find the modules beside them
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from retrace.hosts.comfyui_server import ComfyServer
+from tools.comfyui.server import ComfyServer
 
 WIDTH, HEIGHT = 320, 200  # of the picture under the points
 BUILD = """async (photo) => {

@@ -13,7 +13,7 @@ from drag_points_person import ANOTHER_SOURCE, BUILD, HEIGHT, NODES, READY, WIDT
 from PIL import Image, ImageDraw
 
 from retrace.drag.points import InvalidPoints, movable_area, parse_points
-from retrace.hosts.comfyui_server import ComfyServer
+from tools.comfyui.server import ComfyServer
 
 BAR = 32  # the width of the mask, in pixels
 PLACES = {"mask": (0.03, 0.5), "brush": (0.47, 0.5), "eraser": (0.6, 0.5), "nothing": (0.47, 0.05)}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from retrace.hosts.comfyui_server import ComfyServer
+from tools.comfyui.server import ComfyServer
 
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
@@ -59,7 +59,7 @@ def test_reports_stay_out_of_the_saved_workflow(frontend: Any) -> None:
 
 
 def test_run_shows_the_edit_and_its_report(frontend: Any, comfyui: ComfyServer) -> None:
-    folder = Path(os.environ.get("RETRACE_PEBBLE") or ROOT / "retrace" / "pebble" / "weights")
+    folder = Path(os.environ.get("RETRACE_PEBBLE") or ROOT / "retrace" / "models" / "pebble" / "weights")
     if not folder.is_dir():
         pytest.skip(f"Pebble has no weights in '{folder}'")
     _open(frontend, ROOT / "workflows" / "invert_and_blend.json")

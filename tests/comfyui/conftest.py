@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from retrace.hosts.comfyui_server import ComfyServer
+from tools.comfyui.server import ComfyServer
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that the tests find the modules beside them
 from installs import INSTALLS, ROOT, SKIPPED, install_or_skip, pebble_environment, pebble_folder, skip

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from retrace.hosts.comfyui_server import ComfyError, ComfyServer, RunResult
+from tools.comfyui.server import ComfyError, ComfyServer, RunResult
 
 Graph = dict[str, dict[str, Any]]
 
@@ -121,6 +121,6 @@ def latent(server: ComfyServer, result: RunResult, save_node: str) -> torch.Tens
 def grid_mask(server: ComfyServer, index: int = 3) -> torch.Tensor:
     """The mask of the scene on the latent grid, ``[1, 1, 16, 16]``."""
     from retrace.masks import latent_mask
-    from retrace.pebble.scenes import instance_masks, sample_scene, scene_rng
+    from retrace.models.pebble.scenes import instance_masks, sample_scene, scene_rng
 
     return latent_mask(instance_masks(sample_scene(scene_rng("heldout", index), 1))[:1])[:, None]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from retrace.hosts.comfyui_server import ComfyInstall, find_comfyui
+from tools.comfyui.server import ComfyInstall, find_comfyui
 
 ROOT = Path(__file__).parents[2]
 SKIPPED: dict[str, str] = {}
@@ -35,7 +35,7 @@ def skip(key: str, reason: str) -> None:
 
 
 def pebble_folder() -> Path:
-    return Path(os.environ.get("RETRACE_PEBBLE") or ROOT / "retrace" / "pebble" / "weights")
+    return Path(os.environ.get("RETRACE_PEBBLE") or ROOT / "retrace" / "models" / "pebble" / "weights")
 
 
 def pebble_environment() -> dict[str, str]:

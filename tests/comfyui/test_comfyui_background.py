@@ -9,7 +9,7 @@ import graphs
 import pytest
 from PIL import Image
 
-from retrace.hosts.comfyui_server import ComfyError, ComfyServer
+from tools.comfyui.server import ComfyError, ComfyServer
 
 pytestmark = pytest.mark.usefixtures("pebble")
 

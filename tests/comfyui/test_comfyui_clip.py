@@ -9,7 +9,7 @@ import graphs
 import pytest
 import torch
 
-from retrace.hosts.comfyui_server import ComfyServer
+from tools.comfyui.server import ComfyServer
 
 pytestmark = pytest.mark.usefixtures("pebble")
 PEBBLE = {"model": "Pebble's CLIP", "architecture": "ViT-B-32-quickgelu"}

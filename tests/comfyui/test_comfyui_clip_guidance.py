@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from retrace.hosts.comfyui_server import ComfyServer
-from retrace.pebble.scenes import instance_masks, sample_scene, scene_rng
+from retrace.models.pebble.scenes import instance_masks, sample_scene, scene_rng
+from tools.comfyui.server import ComfyServer
 
 pytestmark = pytest.mark.usefixtures("pebble")
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from installs import INSTALLS, ROOT, install_or_skip
 
-from retrace.hosts.comfyui_server import ComfyInstall
+from retrace.core.sampling import sample_ddim
 from retrace.hosts.diffusers import DiffusersHost
-from retrace.pebble.scenes import heldout, render_batch
-from retrace.sampling import sample_ddim
+from retrace.models.pebble.scenes import heldout, render_batch
+from tools.comfyui.server import ComfyInstall
 
 PROMPTS = ("a red circle on sand", "")
 LEVELS = (13.0, 3.0, 0.5, 0.05)
@@ -66,7 +66,7 @@ import comfy.options
 comfy.options.enable_args_parsing()
 import torch
 from retrace.hosts.comfyui import ComfyHost, load_pebble
-from retrace.sampling import sample_ddim
+from retrace.core.sampling import sample_ddim
 with torch.inference_mode():
     host = ComfyHost(*load_pebble())
     x, pictures = torch.load(latents), torch.load(images)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from retrace.drag.points import movable_area, parse_points
-from retrace.hosts.comfyui_server import ComfyServer, RunResult
+from tools.comfyui.server import ComfyServer, RunResult
 
 SIZE = (48, 80)  # height, width
 PAIR = {"handle": [0.25, 0.5], "target": [0.75, 0.5]}

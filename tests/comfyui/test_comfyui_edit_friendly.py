@@ -8,8 +8,8 @@ import graphs
 import pytest
 import torch
 
-from retrace.hosts.comfyui_server import ComfyServer
-from retrace.inversion import latent_psnr
+from retrace.inversion.invert import latent_psnr
+from tools.comfyui.server import ComfyServer
 
 pytestmark = pytest.mark.usefixtures("pebble")
 STEPS = 6

@@ -9,7 +9,7 @@ import graphs
 import pytest
 import torch
 
-from retrace.hosts.comfyui_server import ComfyError, ComfyServer
+from tools.comfyui.server import ComfyError, ComfyServer
 
 
 def _preview(of: str) -> dict[str, Any]:

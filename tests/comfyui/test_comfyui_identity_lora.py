@@ -9,8 +9,8 @@ import graphs
 import pytest
 import torch
 
-from retrace.hosts.comfyui_install import ComfyError
-from retrace.hosts.comfyui_server import ComfyServer
+from tools.comfyui.install import ComfyError
+from tools.comfyui.server import ComfyServer
 
 pytestmark = pytest.mark.usefixtures("pebble")
 NODE = "RetraceIdentityLoRA"

@@ -43,7 +43,7 @@ def test_out_of_memory_says_what_to_do(inside: Run) -> None:
     out = inside("""
 import comfy.model_management
 from pack.nodes._errors import reports_errors
-from pack.retrace.errors import RetraceError
+from pack.retrace.core.errors import RetraceError
 
 def failing(error):
     @reports_errors("Blend Step")
@@ -70,8 +70,8 @@ failing(RuntimeError("shapes differ"))
 def test_interrupts_pass_and_leave_nothing_behind(inside: Run) -> None:
     out = inside("""
 import comfy.model_management
-from pack.retrace.blending import Blend
-from pack.retrace.hosts.comfyui.blend import _Patch
+from pack.retrace.blending.blend import Blend
+from pack.retrace.hosts.comfyui.patches.blend import _Patch
 
 patch = _Patch(Blend(torch.zeros(1, 4, 8, 8), torch.ones(1, 8, 8), "eps"))
 guider = object()

@@ -8,8 +8,8 @@ import graphs
 import pytest
 import torch
 
-from retrace.hosts.comfyui_server import ComfyError, ComfyServer
 from retrace.metrics import PSNR_CAP
+from tools.comfyui.server import ComfyError, ComfyServer
 
 pytestmark = pytest.mark.usefixtures("pebble")
 

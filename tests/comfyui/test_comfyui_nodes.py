@@ -9,7 +9,7 @@ from pathlib import Path
 
 from update_locale_en import english
 
-from retrace.hosts.comfyui_server import ComfyServer
+from tools.comfyui.server import ComfyServer
 
 ROOT = Path(__file__).parents[2]
 NODES = {

@@ -8,7 +8,7 @@ import graphs
 import pytest
 import torch
 
-from retrace.hosts.comfyui_server import ComfyServer
+from tools.comfyui.server import ComfyServer
 
 pytestmark = pytest.mark.usefixtures("pebble")
 CFG = 7.5

@@ -9,7 +9,7 @@ import graphs
 import pytest
 import torch
 
-from retrace.hosts.comfyui_server import ComfyServer
+from tools.comfyui.server import ComfyServer
 
 pytestmark = pytest.mark.usefixtures("pebble")
 SOURCE, TARGET = "a red circle on sand", "a blue circle on sand"
@@ -63,7 +63,7 @@ def test_it_is_the_edit_of_the_library(newest_server: ComfyServer) -> None:
     """Core's sampler with the patches, against :func:`retrace.prompt_to_prompt.sample_edit` on the diffusers host."""
     from retrace import prompt_to_prompt as library
     from retrace.hosts.diffusers import DiffusersHost
-    from retrace.inversion import invert
+    from retrace.inversion.invert import invert
 
     source, batch = run(newest_server, edit(blend_words="circle"))
     host = DiffusersHost.load(None, device="cpu")

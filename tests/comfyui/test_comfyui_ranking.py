@@ -8,7 +8,7 @@ import graphs
 import pytest
 from PIL import Image
 
-from retrace.hosts.comfyui_server import ComfyServer
+from tools.comfyui.server import ComfyServer
 
 pytestmark = pytest.mark.usefixtures("pebble")
 

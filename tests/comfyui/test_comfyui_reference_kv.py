@@ -8,7 +8,7 @@ import graphs
 import pytest
 import torch
 
-from retrace.hosts.comfyui_server import ComfyServer
+from tools.comfyui.server import ComfyServer
 
 pytestmark = pytest.mark.usefixtures("pebble")
 
@@ -64,11 +64,11 @@ def test_a_graph_without_the_node_is_untouched(server: ComfyServer) -> None:
 
 def test_it_is_the_hook_of_the_library(newest_server: ComfyServer) -> None:
     """Core's Euler with the patch, against the same steps on the diffusers host."""
-    from retrace.drag.reference_kv import ReferenceKV, default_first_layer
+    from retrace.attention.reference_kv import ReferenceKV, default_first_layer
+    from retrace.core.sampling import sample_ddim
     from retrace.hosts.diffusers import DiffusersHost
     from retrace.hosts.diffusers.attention import attention_blocks
-    from retrace.inversion import invert
-    from retrace.sampling import sample_ddim
+    from retrace.inversion.invert import invert
 
     graph = controlled()
     graph["invert"] = graphs.inverter(latent=["encode", 0])

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from retrace.hosts.comfyui_install import link_pack, unlink_pack
-from retrace.hosts.comfyui_progress import NodeProgress
-from retrace.hosts.comfyui_server import ComfyError, ComfyInstall, ComfyServer, find_comfyui
+from tools.comfyui.install import link_pack, unlink_pack
+from tools.comfyui.progress import NodeProgress
+from tools.comfyui.server import ComfyError, ComfyInstall, ComfyServer, find_comfyui
 
 FAKE = """
 import argparse, http.server, json, os, pathlib, subprocess, sys

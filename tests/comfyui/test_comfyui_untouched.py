@@ -10,7 +10,7 @@ import pytest
 import torch
 from installs import INSTALLS, ROOT, install_or_skip, pebble_environment
 
-from retrace.hosts.comfyui_server import ComfyInstall, ComfyServer
+from tools.comfyui.server import ComfyInstall, ComfyServer
 
 # The smallest UNet that core's own loader recognises (as SD 2, whose text width core's Lotus node can feed), with
 # weights from a seed.

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from retrace.hosts.comfyui_server import ComfyServer, RunResult
-from retrace.pebble.scenes import Scene, sample_scene, scene_rng
+from retrace.models.pebble.scenes import Scene, sample_scene, scene_rng
+from tools.comfyui.server import ComfyServer, RunResult
 
 pytestmark = pytest.mark.usefixtures("pebble")
 

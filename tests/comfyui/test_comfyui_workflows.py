@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from installs import ROOT
 
-from retrace.hosts.comfyui_server import ComfyServer, RunResult
+from tools.comfyui.server import ComfyServer, RunResult
 
 WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 QUICK = 3  # steps; that the edit succeeds is measured elsewhere, here the graph is
@@ -89,8 +89,8 @@ def test_the_main_graph_edits(newest_server: ComfyServer) -> None:
     import torch
     from PIL import Image
 
-    from retrace.pebble.parser import parse
-    from retrace.pebble.weights import weights_folder
+    from retrace.models.pebble.weights import weights_folder
+    from tools.scene_parser import parse
 
     graph = _api("invert_and_blend", steps=None)
     result = newest_server.run(graph)

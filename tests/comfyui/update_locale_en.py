@@ -32,7 +32,7 @@ def english(object_info: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from retrace.hosts.comfyui_server import ComfyServer, find_comfyui
+    from tools.comfyui.server import ComfyServer, find_comfyui
 
     install = find_comfyui()
     if install is None:

@@ -20,9 +20,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from retrace.errors import InvalidFile
-from retrace.host import Denoiser, Host
-from retrace.pebble.weights import weights_folder
+from retrace.core.errors import InvalidFile
+from retrace.core.host import Denoiser, Host
+from retrace.models.pebble.weights import weights_folder
 
 _skipped: set[str] = set()
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from retrace.errors import RetraceError
-from retrace.host import Row
+from retrace.core.errors import RetraceError
+from retrace.core.host import Row
 
 # Pebble: one transformer per down block and in the middle, two per up block; the latent is halved once.
 BLOCKS = ["down.0", "down.1", "mid.0", "up.0", "up.0", "up.1", "up.1"]

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrace.blended_sampling import first_latent
-from retrace.clip import load_image_text_model
+from retrace.blending.sample import first_latent
 from retrace.clip_guidance import Augmentations, ClipGuidance, GuidedRun, Schedule, Weights
-from retrace.pebble.scenes import heldout, instance_masks, render_batch
-from retrace.sampling import sample_ddim
+from retrace.core.sampling import sample_ddim
+from retrace.models.clip.model import load_image_text_model
+from retrace.models.pebble.scenes import heldout, instance_masks, render_batch
 
 pytest.importorskip("open_clip")
 STEPS = 4
@@ -46,7 +46,7 @@ def case(comfy_subject: Any, clip: Any) -> Any:
 
 
 def patched(case: Any, path: Any, *, model: Any = None, schedule: Any = None, vae: Any = "own", **settings: Any) -> Any:
-    from retrace.hosts.comfyui.clip_guidance import patch_clip_guidance
+    from retrace.hosts.comfyui.patches.clip_guidance import patch_clip_guidance
 
     # Weaker than by default: in four steps that would be a blow, whose rounding differences grow.
     weights = Weights(100.0, 50.0)
@@ -145,7 +145,7 @@ def test_half_of_the_steps(case: Any, path: str) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_pictures_of_a_batch_do_not_meet(case: Any, path: str) -> None:
-    from retrace.hosts.comfyui.clip_guidance import patch_clip_guidance
+    from retrace.hosts.comfyui.patches.clip_guidance import patch_clip_guidance
 
     weights = Weights(10.0, 5.0)  # rounding differs with the size of a batch, and strong guidance would enlarge that
     guidance = ClipGuidance(case.clip, "a blue square", case.mask, weights=weights, augmentations=Augmentations(1))
@@ -157,7 +157,7 @@ def test_pictures_of_a_batch_do_not_meet(case: Any, path: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("sampler", ["euler", "dpm_2_ancestral", "uni_pc"])
 def test_before_or_after_blend_step_makes_no_difference(case: Any, path: str, sampler: str) -> None:
-    from retrace.hosts.comfyui.blend import patch_blend
+    from retrace.hosts.comfyui.patches.blend import patch_blend
 
     source = {"samples": case.latent}
     one = sample(case, patch_blend(patched(case, path), source, case.mask), sampler=sampler)
@@ -262,7 +262,7 @@ def test_two_nodes_in_a_row_both_count(case: Any, paths: tuple[str, str]) -> Non
 
 
 def test_latents_of_films_are_refused(case: Any) -> None:
-    from retrace.errors import UnsupportedModel
+    from retrace.core.errors import UnsupportedModel
 
     call = SimpleNamespace(noise=torch.zeros(1, 4, 2, 16, 16))
     wrapper = patched(case, "x0").get_wrappers("sampler_sample", "retrace_clip_guidance")[0]
@@ -283,7 +283,7 @@ def test_loras_on_top_count(case: Any) -> None:
 
 def test_background_losses_hold_the_background_without_blend_step(case: Any) -> None:
     """Local CLIP-guided diffusion, the paper's baseline: lambda trades the background for the words."""
-    from retrace.hosts.comfyui.clip_guidance import patch_clip_guidance
+    from retrace.hosts.comfyui.patches.clip_guidance import patch_clip_guidance
 
     source = case.host.vae.decode(case.latent)
     far = []

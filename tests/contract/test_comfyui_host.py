@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from retrace.errors import InvalidFile
+from retrace.core.errors import InvalidFile
 
 
 def test_euler_by_hand_equals_core(comfy_subject: Any) -> None:
     import comfy.sample
     import comfy.samplers
 
-    from retrace.host import guided
+    from retrace.core.host import guided
 
     host = comfy_subject.host
     positive, negative = host.encode_text("a red circle"), host.encode_text("")

@@ -55,8 +55,8 @@ def test_an_image_text_model_comes_back_from_the_compute_device(comfy_subject: A
     pytest.importorskip("open_clip")
     import comfy.model_management
 
-    from retrace.clip import load_image_text_model
     from retrace.hosts.comfyui.image_text import on_compute_device
+    from retrace.models.clip.model import load_image_text_model
 
     clip = load_image_text_model()
     with on_compute_device(clip) as working:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrace.errors import RetraceError, UnsupportedModel
+from retrace.core.errors import RetraceError, UnsupportedModel
 
 FLUX = {
     "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 8, "context_in_dim": 12,
@@ -90,13 +90,13 @@ def with_attention(model: Any, attend: Callable[..., Tensor]) -> Any:
 
 
 def patch(model: Any, *arguments: Any, **options: Any) -> Any:
-    from retrace.hosts.comfyui.reference_kv import patch_reference_kv
+    from retrace.hosts.comfyui.patches.reference_kv import patch_reference_kv
 
     return patch_reference_kv(model, *arguments, **options)
 
 
 def blocks(model: Any) -> int:
-    from retrace.hosts.comfyui.joint_attention import joint_blocks
+    from retrace.hosts.comfyui.network.joint_attention import joint_blocks
 
     return len(joint_blocks(model.model.diffusion_model))
 
@@ -133,7 +133,7 @@ def test_the_picture_is_read_from_the_reference_and_the_text_from_the_own_row(mo
 
 
 def test_the_second_half_is_the_default(model: Any) -> None:
-    from retrace.hosts.comfyui.reference_kv import first_layer_of
+    from retrace.hosts.comfyui.patches.reference_kv import first_layer_of
 
     assert first_layer_of(model.model.diffusion_model) == blocks(model) // 2 == 2
     with pytest.raises(RetraceError, match=rf"this model has {blocks(model)} self-attention layers"):

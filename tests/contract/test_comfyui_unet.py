@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from retrace.errors import UnsupportedModel
+from retrace.core.errors import UnsupportedModel
 
 
 def test_hooks_keep_the_patches_of_other_packs(comfy_subject: Any) -> None:
@@ -34,7 +34,7 @@ def test_hooks_keep_the_patches_of_other_packs(comfy_subject: Any) -> None:
 def test_patched_attention_serves_core_samplers(comfy_subject: Any) -> None:
     import comfy.sample
 
-    from retrace.hosts.comfyui.attention import patch_attention
+    from retrace.hosts.comfyui.network.attention import patch_attention
 
     host = comfy_subject.host
     rows = []
@@ -59,7 +59,7 @@ def test_prompt_to_prompt_keeps_patches_that_come_after_it(comfy_subject: Any, k
     import comfy.sample
 
     from retrace import prompt_to_prompt as p2p
-    from retrace.hosts.comfyui.prompt_to_prompt import patch_prompt_to_prompt
+    from retrace.hosts.comfyui.patches.prompt_to_prompt import patch_prompt_to_prompt
     from retrace.hosts.comfyui.prompts import encode_prompts
 
     host = comfy_subject.host
@@ -149,7 +149,7 @@ def test_large_unets_have_the_names_of_diffusers(
     import comfy.ops
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-    from retrace.hosts.comfyui.unet import attention_layers, feature_layer
+    from retrace.hosts.comfyui.network.unet import attention_layers, feature_layer
 
     network = UNetModel(
         image_size=32, in_channels=4, out_channels=4, model_channels=320, use_spatial_transformer=True, legacy=False,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from retrace.errors import UnsupportedModel
+from retrace.core.errors import UnsupportedModel
 
 
 def plain(denoiser: Any, x: Any, conds: Any) -> Any:

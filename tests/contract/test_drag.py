@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrace.drag.edit import DragSettings, drag_points
-from retrace.drag.optimise import Dragged
+from retrace.core.errors import RetraceError
+from retrace.core.host import Denoiser
+from retrace.core.schedule import reference_sigmas, truncate
+from retrace.drag.latent.edit import DragSettings, drag_points
+from retrace.drag.latent.optimise import Dragged
 from retrace.drag.points import DragPoints, PointPair
-from retrace.errors import RetraceError
-from retrace.host import Denoiser
-from retrace.pebble.scenes import Ground, Object, Scene, render_batch
-from retrace.schedule import reference_sigmas, truncate
+from retrace.models.pebble.scenes import Ground, Object, Scene, render_batch
 
 SCENE = Scene(Ground("sand"), (Object("red", "circle", 50, 64, 20),))
 POINTS = DragPoints((PointPair((50 / 128, 0.5), (75 / 128, 0.5)),), render_batch([SCENE]).movedim(1, -1))

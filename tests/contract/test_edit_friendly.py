@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from retrace.edit_friendly import invert_edit_friendly, sample_edit_friendly
-from retrace.errors import RetraceError, TrajectoryMismatch
-from retrace.inversion import latent_psnr
+from retrace.core.errors import RetraceError, TrajectoryMismatch
+from retrace.inversion.edit_friendly import invert_edit_friendly, sample_edit_friendly
+from retrace.inversion.invert import latent_psnr
 
 PROMPTS = ("a large red circle", "", "a blue square")
 SCALE = 3.5
@@ -81,7 +81,7 @@ class TestInsideComfyUI:
     """The SAMPLER as core's guiders drive it."""
 
     def make(self, host: Any, images: int = 1, scheduler: str = "normal", **options: Any) -> Any:
-        from retrace.hosts.comfyui.edit_friendly import prepare_edit_friendly
+        from retrace.hosts.comfyui.runs.edit_friendly import prepare_edit_friendly
 
         samples = host.from_model_scale(torch.randn(images, 4, 8, 8) * 0.5)
         sigmas = host.sigmas(scheduler, STEPS)[1:]
@@ -126,7 +126,7 @@ class TestInsideComfyUI:
         import comfy.model_sampling
 
         from retrace.hosts.comfyui import ComfyHost
-        from retrace.hosts.comfyui.edit_friendly import prepare_edit_friendly
+        from retrace.hosts.comfyui.runs.edit_friendly import prepare_edit_friendly
 
         bases: Any = {
             "v": (comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.V_PREDICTION),
@@ -145,7 +145,7 @@ class TestInsideComfyUI:
     def test_levels_share_a_call_only_where_nothing_depends_on_them(self, comfy_subject: Any) -> None:
         import node_helpers
 
-        from retrace.hosts.comfyui.edit_friendly import levels_may_mix
+        from retrace.hosts.comfyui.runs.edit_friendly import levels_may_mix
 
         host = comfy_subject.host
         plain = host.encode_text(PROMPTS[0])

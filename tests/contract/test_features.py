@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from retrace.errors import RetraceError
+from retrace.core.errors import RetraceError
 
 
 def test_blocks_are_named_in_the_order_they_run(subject: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from retrace.errors import RetraceError
+from retrace.core.errors import RetraceError
 
 SIGMA = 1.5
 

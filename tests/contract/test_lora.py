@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from retrace.errors import RetraceError, UnsupportedModel
-from retrace.host import LowRank
-from retrace.identity_lora import PROBES, LoraTraining, initial_adapters, train
+from retrace.attention.identity_lora import PROBES, LoraTraining, initial_adapters, train
+from retrace.core.errors import RetraceError, UnsupportedModel
+from retrace.core.host import LowRank
 
 SIGMA = 1.5
 SETTINGS = {"rank": 4, "steps": 2, "batch_size": 2}
@@ -21,7 +21,7 @@ SETTINGS = {"rank": 4, "steps": 2, "batch_size": 2}
 def layers_of(subject: Any) -> dict[str, Any]:
     """The linear layers by the names of the protocol."""
     if subject.name == "comfyui":
-        from retrace.hosts.comfyui.lora import projection_layers
+        from retrace.hosts.comfyui.network.lora import projection_layers
     else:
         from retrace.hosts.diffusers.lora import projection_layers
     layers: dict[str, Any] = projection_layers(subject.networks()[0])
@@ -256,7 +256,7 @@ def test_stop_leaves_the_model_as_it_was(subject: Any) -> None:
 
 class TestInsideComfyUI:
     def make(self, subject: Any, **settings: Any) -> Any:
-        from retrace.hosts.comfyui.identity_lora import train_lora
+        from retrace.hosts.comfyui.runs.identity_lora import train_lora
 
         host = subject.host
         samples = host.from_model_scale(torch.randn(1, 4, 8, 8))
@@ -340,7 +340,7 @@ class TestInsideComfyUI:
         import comfy.patcher_extension
 
         from retrace.hosts.comfyui import ComfyHost
-        from retrace.hosts.comfyui.identity_lora import train_lora
+        from retrace.hosts.comfyui.runs.identity_lora import train_lora
 
         host = comfy_subject.host
         words, rows = host.encode_text("a red circle"), []
@@ -355,8 +355,8 @@ class TestInsideComfyUI:
         assert set(rows) == {1}
 
     def test_refusals(self, comfy_subject: Any) -> None:
-        from retrace.hosts.comfyui.identity_lora import train_lora
-        from retrace.hosts.comfyui.lora import projection_layers
+        from retrace.hosts.comfyui.network.lora import projection_layers
+        from retrace.hosts.comfyui.runs.identity_lora import train_lora
 
         host = comfy_subject.host
         words = host.encode_text("a red circle")

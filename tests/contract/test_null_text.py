@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from retrace.errors import InvalidSchedule, RetraceError, TrajectoryMismatch
-from retrace.inversion import invert
-from retrace.null_text import optimise_null_text
-from retrace.sampling import sample_ddim
+from retrace.core.errors import InvalidSchedule, RetraceError, TrajectoryMismatch
+from retrace.core.sampling import sample_ddim
+from retrace.inversion.invert import invert
+from retrace.inversion.null_text.optimise import optimise_null_text
 
 PROMPTS = ("a large red circle", "")
 STEPS = 3
@@ -88,8 +88,8 @@ class TestInsideComfyUI:
     """The conditioning as core's own code sees it."""
 
     def make(self, subject: Any, scheduler: str = "ddim_uniform", steps: int = 4, **options: Any) -> Any:
-        from retrace.hosts.comfyui.inversion import invert_latent
-        from retrace.hosts.comfyui.null_text import optimise
+        from retrace.hosts.comfyui.runs.inversion import invert_latent
+        from retrace.hosts.comfyui.runs.null_text import optimise
 
         host = subject.host
         samples = host.from_model_scale(torch.randn(1, 4, 8, 8) * 0.5)
@@ -142,8 +142,8 @@ class TestInsideComfyUI:
         import comfy.supported_models
 
         from retrace.hosts.comfyui import ComfyHost
-        from retrace.hosts.comfyui.inversion import invert_latent
-        from retrace.hosts.comfyui.null_text import optimise
+        from retrace.hosts.comfyui.runs.inversion import invert_latent
+        from retrace.hosts.comfyui.runs.null_text import optimise
 
         config = comfy.supported_models.SDXL(
             {
@@ -214,7 +214,7 @@ class TestInsideComfyUI:
             self.sample(comfy_subject, made, sigmas)
 
     def test_other_batches_are_refused(self, comfy_subject: Any) -> None:
-        from retrace.hosts.comfyui.null_text import conditioning_per_step
+        from retrace.hosts.comfyui.runs.null_text import conditioning_per_step
 
         _, sigmas, made = self.make(comfy_subject)
         sampling = comfy_subject.host.model.get_model_object("model_sampling")
@@ -230,7 +230,7 @@ class TestInsideComfyUI:
         assert torch.isfinite(self.sample(comfy_subject, made, sigmas[2:])).all()
 
     def test_what_else_the_negative_holds_is_kept(self, comfy_subject: Any) -> None:
-        from retrace.hosts.comfyui.null_text import conditioning_per_step
+        from retrace.hosts.comfyui.runs.null_text import conditioning_per_step
 
         sampling = comfy_subject.host.model.get_model_object("model_sampling")
         pooled, anything = torch.ones(1, 5), object()
@@ -248,7 +248,7 @@ class TestInsideComfyUI:
         import comfy.model_sampling
         import comfy.samplers
 
-        from retrace.hosts.comfyui.null_text import conditioning_per_step
+        from retrace.hosts.comfyui.runs.null_text import conditioning_per_step
 
         kind: Any = {
             "eps": (comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS),
@@ -268,19 +268,19 @@ class TestInsideComfyUI:
             assert active == [i]
 
     def test_levels_that_core_cannot_tell_apart(self, comfy_subject: Any) -> None:
-        from retrace.hosts.comfyui.null_text import step_ranges
+        from retrace.hosts.comfyui.runs.null_text import step_ranges
 
         sampling = comfy_subject.host.model.get_model_object("model_sampling")
         with pytest.raises(InvalidSchedule, match="too close together"):
             step_ranges(sampling, [0.002, 0.001])
 
     def test_it_refuses_several_prompts_and_other_models(self, comfy_subject: Any) -> None:
-        from retrace.hosts.comfyui.null_text import optimise
+        from retrace.hosts.comfyui.runs.null_text import optimise
 
         samples, _, made = self.make(comfy_subject)
         del samples
         host = comfy_subject.host
-        from retrace.trajectory import Trajectory
+        from retrace.core.trajectory import Trajectory
 
         negative = host.encode_text("")
         trajectory = Trajectory(

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from retrace.errors import InvalidImage, InvalidSchedule, UnsupportedModel
-from retrace.host import guided
+from retrace.core.errors import InvalidImage, InvalidSchedule, UnsupportedModel
+from retrace.core.host import guided
 
 # Five steps of SD's noise levels, as printed by ComfyUI 0.33.0.
 SIGMAS = {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from retrace.background_reconstruction import Training, reconstruct_background
+from retrace.blending.decoder import Training, reconstruct_background
 
 
 def _vae(subject: Any) -> torch.nn.Module:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from retrace import prompt_to_prompt as p2p
-from retrace.inversion import invert
+from retrace.inversion.invert import invert
 
 STEPS = 5
 TEXTS = ["a red circle on sand", "a blue circle on sand"]

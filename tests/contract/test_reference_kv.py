@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrace.drag.reference_kv import ReferenceKV, default_first_layer
-from retrace.errors import RetraceError
+from retrace.attention.reference_kv import ReferenceKV, default_first_layer
+from retrace.core.errors import RetraceError
 
 FIRST = 3  # of Pebble's seven layers: down.0, down.1, mid.0, up.0 twice, up.1 twice
 PROMPTS = ("a red circle", "")
@@ -100,7 +100,7 @@ def test_the_default_begins_with_the_decoder_of_pebble(subject: Any) -> None:
 
         assert default_first_layer(attention_blocks(subject.host.unet)) == FIRST
     else:
-        from retrace.hosts.comfyui.reference_kv import first_layer_of
+        from retrace.hosts.comfyui.patches.reference_kv import first_layer_of
 
         assert first_layer_of(subject.host.model.model.diffusion_model) == FIRST
 
@@ -127,8 +127,8 @@ class TestCoreSamplers:
         return out
 
     def test_they_sample_what_the_hook_of_the_library_does(self, comfy_subject: Any) -> None:
-        from retrace.hosts.comfyui.attention import patch_attention
-        from retrace.hosts.comfyui.reference_kv import patch_reference_kv
+        from retrace.hosts.comfyui.network.attention import patch_attention
+        from retrace.hosts.comfyui.patches.reference_kv import patch_reference_kv
 
         model = comfy_subject.host.model
         plain = self.sample(comfy_subject, model)
@@ -142,7 +142,7 @@ class TestCoreSamplers:
     @pytest.mark.parametrize("cfg", [1.0, 4.0])
     def test_conditions_that_run_apart(self, comfy_subject: Any, cfg: float, monkeypatch: pytest.MonkeyPatch) -> None:
         """As core does where memory is short: each condition in a pass of its own."""
-        from retrace.hosts.comfyui.reference_kv import patch_reference_kv
+        from retrace.hosts.comfyui.patches.reference_kv import patch_reference_kv
 
         patched = patch_reference_kv(comfy_subject.host.model)
         together = self.sample(comfy_subject, patched, batch=3, cfg=cfg)
@@ -160,7 +160,7 @@ class TestCoreSamplers:
         torch.testing.assert_close(found, together, rtol=1e-4, atol=1e-4)
 
     def test_the_window_is_counted_in_percent(self, comfy_subject: Any) -> None:
-        from retrace.hosts.comfyui.reference_kv import patch_reference_kv
+        from retrace.hosts.comfyui.patches.reference_kv import patch_reference_kv
 
         model, levels = comfy_subject.host.model, []
 
@@ -185,7 +185,7 @@ class TestCoreSamplers:
 
     def test_other_attention_patches_stay(self, comfy_subject: Any) -> None:
         """Another pack's replacement of a controlled layer gets the reference's keys, before or after this node."""
-        from retrace.hosts.comfyui.reference_kv import patch_reference_kv
+        from retrace.hosts.comfyui.patches.reference_kv import patch_reference_kv
 
         def weaker(q: Tensor, k: Tensor, v: Tensor, extra: Any) -> Tensor:
             from comfy.ldm.modules.attention import optimized_attention
@@ -209,9 +209,9 @@ class TestCoreSamplers:
     def test_beside_prompt_to_prompt(self, comfy_subject: Any) -> None:
         """While maps of the source are taken over, an edit reads source values by them: its layers are the source's."""
         from retrace import prompt_to_prompt as p2p
-        from retrace.hosts.comfyui.prompt_to_prompt import patch_prompt_to_prompt
+        from retrace.hosts.comfyui.patches.prompt_to_prompt import patch_prompt_to_prompt
+        from retrace.hosts.comfyui.patches.reference_kv import patch_reference_kv
         from retrace.hosts.comfyui.prompts import encode_prompts
-        from retrace.hosts.comfyui.reference_kv import patch_reference_kv
 
         host = comfy_subject.host
         texts = ["a red circle", "a blue circle"]
@@ -235,20 +235,20 @@ class TestCoreSamplers:
         assert float((first - edited)[1].abs().max()) > 1e-2
 
     def test_a_single_image_is_refused(self, comfy_subject: Any) -> None:
-        from retrace.hosts.comfyui.reference_kv import patch_reference_kv
+        from retrace.hosts.comfyui.patches.reference_kv import patch_reference_kv
 
         with pytest.raises(RetraceError, match=r"batch of 1.*Latent Batch"):
             self.sample(comfy_subject, patch_reference_kv(comfy_subject.host.model), batch=1)
 
     @pytest.mark.parametrize("first", [-1, 7])
     def test_layers_that_are_not_there(self, comfy_subject: Any, first: int) -> None:
-        from retrace.hosts.comfyui.reference_kv import patch_reference_kv
+        from retrace.hosts.comfyui.patches.reference_kv import patch_reference_kv
 
         with pytest.raises(RetraceError, match=rf"first_layer is {first}.*7 self-attention layers.*0 to 6"):
             patch_reference_kv(comfy_subject.host.model, first)
 
     def test_a_window_the_wrong_way_round(self, comfy_subject: Any) -> None:
-        from retrace.hosts.comfyui.reference_kv import patch_reference_kv
+        from retrace.hosts.comfyui.patches.reference_kv import patch_reference_kv
 
         with pytest.raises(RetraceError, match=r"starts at 0.5 and ends at 0.2"):
             patch_reference_kv(comfy_subject.host.model, start_percent=0.5, end_percent=0.2)

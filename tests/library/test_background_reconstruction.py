@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from retrace.background_reconstruction import Training, reconstruct_background, reconstruction_loss, train_decoder
-from retrace.errors import InvalidImage, InvalidSchedule, RetraceError, UnsupportedModel
-from retrace.hosts.private_decoder import private_decoder
+from retrace.blending.decoder import Training, reconstruct_background, reconstruction_loss, train_decoder
+from retrace.core.errors import InvalidImage, InvalidSchedule, RetraceError, UnsupportedModel
+from retrace.hosts.common.private_decoder import private_decoder
 
 
 class Tiny(nn.Module):

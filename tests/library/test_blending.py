@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from retrace.blended_sampling import first_latent, sample_blended
-from retrace.blending import Blend
-from retrace.errors import InvalidImage, InvalidSchedule, TrajectoryMismatch
-from retrace.schedule import step_of
-from retrace.trajectory import Trajectory
+from retrace.blending.blend import Blend
+from retrace.blending.sample import first_latent, sample_blended
+from retrace.core.errors import InvalidImage, InvalidSchedule, TrajectoryMismatch
+from retrace.core.schedule import step_of
+from retrace.core.trajectory import Trajectory
 
 SIGMAS = torch.tensor([10.0, 4.0, 1.0, 0.0])
 

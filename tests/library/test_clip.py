@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from retrace.clip import ARCHITECTURES, KNOWN, PEBBLE, ImageTextModel, load_image_text_model
-from retrace.clip_files import find_weights
-from retrace.errors import InvalidFile, InvalidImage, MissingPackage, UnsupportedModel
-from retrace.pebble.clip_model import MEAN, STD
-from retrace.pebble.scenes import heldout, render_batch
+from retrace.core.errors import InvalidFile, InvalidImage, MissingPackage, UnsupportedModel
+from retrace.models.clip.files import find_weights
+from retrace.models.clip.model import ARCHITECTURES, KNOWN, PEBBLE, ImageTextModel, load_image_text_model
+from retrace.models.pebble.clip import MEAN, STD
+from retrace.models.pebble.scenes import heldout, render_batch
 
 open_clip = pytest.importorskip("open_clip")
 

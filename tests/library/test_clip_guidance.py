@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retrace.clip import ImageTextModel
 from retrace.clip_guidance import (
     Augmentations,
     ClipGuidance,
@@ -26,8 +25,9 @@ from retrace.clip_guidance import (
 )
 from retrace.clip_guidance.decoders import pixels
 from retrace.clip_guidance.views import views
-from retrace.errors import InvalidImage, RetraceError, UnsupportedModel
-from retrace.sampling import ddim_step
+from retrace.core.errors import InvalidImage, RetraceError, UnsupportedModel
+from retrace.core.sampling import ddim_step
+from retrace.models.clip.model import ImageTextModel
 
 SIGMAS = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.0])
 

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from retrace.edit import EditSettings, edit_image
-from retrace.errors import InvalidFile, InvalidSchedule, UnsupportedModel
-from retrace.hosts.diffusers import SCHEDULERS, DiffusersHost, NoiseSchedule, configs
+from retrace.cli.edit import EditSettings, edit_image
+from retrace.core.errors import InvalidFile, InvalidSchedule, UnsupportedModel
+from retrace.hosts.diffusers import DiffusersHost, configs
 from retrace.hosts.diffusers.loading import load_parts
+from retrace.hosts.diffusers.noise_schedule import SCHEDULERS, NoiseSchedule
 from retrace.hosts.diffusers.text import chunk
-from retrace.pebble.weights import weights_folder
+from retrace.models.pebble.weights import weights_folder
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")

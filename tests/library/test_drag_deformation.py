@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrace.drag.deformation import MOST_STEPS, Deformation, Mode
-from retrace.drag.field import displacement, sample
 from retrace.drag.points import InvalidPoints
+from retrace.drag.warp.deformation import MOST_STEPS, Deformation, Mode
+from retrace.drag.warp.field import displacement, sample
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 
@@ -124,7 +124,7 @@ def test_a_grid_guesses_within_a_small_part_of_a_pixel(mode, monkeypatch):
     handles, targets = scattered(6, 1, spread=10.0)
     deformation = Deformation(handles.tolist(), targets.tolist(), mode)
     exact = displacement(deformation, 3, 5, (150, 171), torch.device("cpu"))
-    monkeypatch.setattr("retrace.drag.field._EVALUATIONS", 1 << 14)
+    monkeypatch.setattr("retrace.drag.warp.field._EVALUATIONS", 1 << 14)
     guessed = displacement(deformation, 3, 5, (150, 171), torch.device("cpu"))
     assert not torch.equal(exact, guessed)
     assert (exact - guessed).norm(dim=0).max() < 0.15

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from retrace.drag.drawing import HANDLE, TARGET, WAY, draw_paths
-from retrace.errors import InvalidImage, RetraceError
+from retrace.core.errors import InvalidImage, RetraceError
+from retrace.pictures.drag_paths import HANDLE, TARGET, WAY, draw_paths
 
 WAYS = [[(0.2, 0.5), (0.3, 0.5), (0.5, 0.5)], [(0.8, 0.2)]]
 TARGETS = [(0.7, 0.5), (0.8, 0.9)]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retrace.drag.motion import FeatureGrid, arrived, motion_loss, patch_sum, square, track
+from retrace.drag.latent.motion import FeatureGrid, arrived, motion_loss, patch_sum, square, track
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from retrace.core.errors import InvalidImage
 from retrace.drag.points import (
     MOST_POINTS,
     DragPoints,
@@ -18,7 +19,6 @@ from retrace.drag.points import (
     paint_strokes,
     parse_points,
 )
-from retrace.errors import InvalidImage
 
 PAIR = PointPair((0.25, 0.5), (0.75, 0.125))
 

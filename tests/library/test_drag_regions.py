@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrace.drag.fill import fill_smoothly
-from retrace.drag.regions import around, connected_parts, distance_to, part_of_each, within
-from retrace.pebble.scenes import instance_masks, sample_scene, scene_rng
-from retrace.poisson import membrane
+from retrace.blending.fill import fill_smoothly
+from retrace.blending.poisson import membrane
+from retrace.masks.regions import around, connected_parts, distance_to, part_of_each, within
+from retrace.models.pebble.scenes import instance_masks, sample_scene, scene_rng
 
 
 def ramp(height: int, width: int) -> Tensor:

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrace.drag.deformation import Mode
-from retrace.drag.field import sample
+from retrace.core.errors import InvalidImage, InvalidSchedule
 from retrace.drag.points import DragPoints, InvalidPoints, PointPair
-from retrace.drag.regions import within
-from retrace.drag.warp import Warped, warp_by_points
-from retrace.errors import InvalidImage, InvalidSchedule
-from retrace.pebble.parser import parse
-from retrace.pebble.scenes import instance_masks, render, sample_scene, scene_rng
+from retrace.drag.warp.apply import Warped, warp_by_points
+from retrace.drag.warp.deformation import Mode
+from retrace.drag.warp.field import sample
+from retrace.masks.regions import within
+from retrace.models.pebble.scenes import instance_masks, render, sample_scene, scene_rng
+from tools.scene_parser import parse
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 Pixels = Sequence[tuple[tuple[float, float], tuple[float, float]]]

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retrace.contact_sheet import contact_sheet, edit_panels
-from retrace.edit import STAGES, EditSettings, edit_image
-from retrace.errors import InvalidImage, InvalidSchedule, RetraceError
-from retrace.host import Parametrisation
-from retrace.paste import paste_background
+from retrace.blending.paste import paste_background
+from retrace.cli.edit import STAGES, EditSettings, edit_image
+from retrace.core.errors import InvalidImage, InvalidSchedule, RetraceError
+from retrace.core.host import Parametrisation
+from retrace.pictures.contact_sheet import contact_sheet, edit_panels
 
 SOURCE, TARGET = "0.2", "0.8"  # prompts of the model below are the grey that it draws
 

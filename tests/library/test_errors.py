@@ -7,7 +7,7 @@ import errno
 import pytest
 import torch
 
-from retrace.errors import InvalidImage, is_out_of_memory
+from retrace.core.errors import InvalidImage, is_out_of_memory
 
 
 class Paging(OSError):

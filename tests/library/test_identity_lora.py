@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retrace.errors import InvalidImage, InvalidSchedule, RetraceError, UnsupportedModel
-from retrace.host import LowRank, Parametrisation, add_noise
-from retrace.hosts.adapters import adapted, shape_of
-from retrace.identity_lora import PROBES, LoraTraining, initial_adapters, prediction_error, train
-from retrace.loss_plot import loss_picture, running_mean
+from retrace.attention.identity_lora import PROBES, LoraTraining, initial_adapters, prediction_error, train
+from retrace.core.errors import InvalidImage, InvalidSchedule, RetraceError, UnsupportedModel
+from retrace.core.host import LowRank, Parametrisation, add_noise
+from retrace.hosts.common.adapters import adapted, shape_of
+from retrace.pictures.loss_plot import loss_picture, running_mean
 
 SIGMAS = torch.logspace(-1.5, 1.1, 50)
 NAME = "mid.0.0.attn1.q"

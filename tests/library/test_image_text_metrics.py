@@ -10,15 +10,8 @@ import json
 import pytest
 import torch
 
-from retrace.errors import InvalidImage, RetraceError
-from retrace.metrics import (
-    clip_score,
-    clip_scores,
-    edit_report,
-    self_similarity,
-    spatial_tokens,
-    structure_distance,
-)
+from retrace.core.errors import InvalidImage, RetraceError
+from retrace.metrics import clip_score, clip_scores, edit_report, self_similarity, spatial_tokens, structure_distance
 
 COLOURS = {"red": (1.0, 0.0, 0.0), "grey": (1.0, 1.0, 1.0)}
 
@@ -134,8 +127,8 @@ def test_report_with_clip():
 
 def test_pebbles_clip_tells_a_good_edit_from_none():
     pytest.importorskip("open_clip")
-    from retrace.clip import load_image_text_model
-    from retrace.pebble.scenes import instance_masks, render, sample_scene, scene_rng
+    from retrace.models.clip.model import load_image_text_model
+    from retrace.models.pebble.scenes import instance_masks, render, sample_scene, scene_rng
 
     scene = sample_scene(scene_rng("heldout", 3), 1)
     other = next(s for s in (sample_scene(scene_rng("heldout", i), 1) for i in range(4, 40)) if _differs(s, scene))

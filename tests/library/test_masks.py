@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from retrace.errors import InvalidImage, InvalidSchedule, MissingPackage, RetraceError
+from retrace.core.errors import InvalidImage, InvalidSchedule, MissingPackage, RetraceError
 from retrace.masks import feather, feather_inward, latent_mask, mask_precision, precision_kernel, shrink_schedule
 
 LEVELS = 5

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from retrace.errors import InvalidFile, InvalidImage, MissingPackage, RetraceError
+from retrace.core.errors import InvalidFile, InvalidImage, MissingPackage, RetraceError
 from retrace.metrics import (
     PSNR_CAP,
     border_gradient,

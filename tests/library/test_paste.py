@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from retrace.errors import InvalidImage, InvalidSchedule
-from retrace.paste import paste_background
+from retrace.blending.paste import paste_background
+from retrace.core.errors import InvalidImage, InvalidSchedule
 
 
 def pictures(batch: int = 2, height: int = 24, width: int = 20) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

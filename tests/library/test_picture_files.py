@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from retrace.errors import InvalidFile, InvalidImage
-from retrace.picture_files import read_image, read_mask, to_picture, write_whole
+from retrace.core.errors import InvalidFile, InvalidImage
+from retrace.pictures.files import read_image, read_mask, to_picture, write_whole
 
 
 def test_pictures_survive_the_round_trip(photo: Path, tmp_path: Path) -> None:

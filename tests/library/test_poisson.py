@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from retrace.errors import InvalidImage
-from retrace.poisson import membrane, poisson_blend
+from retrace.blending.poisson import membrane, poisson_blend
+from retrace.core.errors import InvalidImage
 
 
 def pictures(batch: int = 1, height: int = 40, width: int = 36) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -10,12 +10,12 @@ import torch
 from torch.nn import functional as F
 
 from retrace import prompt_to_prompt as p2p
-from retrace.errors import RetraceError
-from retrace.host import AttentionCall, Row
+from retrace.core.errors import RetraceError
+from retrace.core.host import AttentionCall, Row
+from retrace.core.prompt import Prompt, read_prompt
 from retrace.prompt_to_prompt.alignment import align
 from retrace.prompt_to_prompt.control import attention_maps
-from retrace.proximal import Proximal
-from retrace.words import Prompt, read_prompt
+from retrace.prompt_to_prompt.proximal import Proximal
 
 LENGTH = 77
 

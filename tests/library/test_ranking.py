@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from retrace.errors import InvalidImage, RetraceError
-from retrace.labelled import with_labels
-from retrace.ranking import rank_by_clip
+from retrace.clip_guidance.ranking import rank_by_clip
+from retrace.core.errors import InvalidImage, RetraceError
+from retrace.pictures.labels import with_labels
 
 
 class MeanColour:

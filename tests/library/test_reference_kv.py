@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from retrace.drag.reference_kv import ReferenceKV, default_first_layer, reference_rows
-from retrace.errors import RetraceError
-from retrace.host import AttentionCall, Row
+from retrace.attention.reference_kv import ReferenceKV, default_first_layer, reference_rows
+from retrace.core.errors import RetraceError
+from retrace.core.host import AttentionCall, Row
 
 
 def call(rows: list[Row], kind: Any = "self", index: int = 5, sigma: float = 2.0) -> AttentionCall:

@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import ImageFont
 
-from retrace.contact_sheet import _wrapped
-from retrace.fonts import drawable, font_for, missing
-from retrace.paste import paste_background
-from retrace.standalone import example_job, working_size
-from retrace.terminal import Terminal
+from retrace.blending.paste import paste_background
+from retrace.cli.main import example_job, working_size
+from retrace.cli.terminal import Terminal
+from retrace.pictures.contact_sheet import _wrapped
+from retrace.pictures.fonts import drawable, font_for, missing
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +34,7 @@ def run(tmp_path: Path) -> ModuleType:
 
 
 def standalone(*argv: str) -> int:
-    from retrace.standalone import main
+    from retrace.cli.main import main
 
     spec = importlib.util.spec_from_file_location("run_for_arguments", ROOT / "run.py")
     assert spec is not None and spec.loader is not None
@@ -186,17 +186,17 @@ def test_running_out_of_memory_is_one_line_and_2(
     def fail(*_: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
 
-    monkeypatch.setattr("retrace.standalone.perform", fail)
+    monkeypatch.setattr("retrace.cli.main.perform", fail)
     assert standalone("demo", "--output", str(tmp_path / "out")) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: There was not enough memory") and error.count("\n") == 1
     with pytest.raises(RuntimeError, match="a bug"):  # anything else is not hidden
-        monkeypatch.setattr("retrace.standalone.perform", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
+        monkeypatch.setattr("retrace.cli.main.perform", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
         standalone("demo", "--output", str(tmp_path / "out"))
 
 
 def test_an_nvidia_card_that_torch_cannot_use_is_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:
-    from retrace.standalone import _unused_card
+    from retrace.cli.main import _unused_card
 
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(torch.version, "cuda", None)
@@ -206,8 +206,8 @@ def test_an_nvidia_card_that_torch_cannot_use_is_mentioned(monkeypatch: pytest.M
 
 
 def test_another_size_is_pasted_and_feathered_once() -> None:
-    from retrace.edit import EditSettings
-    from retrace.standalone import Job, _pasted
+    from retrace.cli.edit import EditSettings
+    from retrace.cli.main import Job, _pasted
 
     mask = torch.zeros(1, 64, 64)
     mask[:, 16:48, 16:48] = 1
@@ -261,7 +261,7 @@ def test_a_font_of_the_system_is_used_where_it_has_the_letters(monkeypatch: pyte
         pytest.skip("no DejaVu Sans here")
     text = "κόκκινος κύκλος ⚙"
     assert missing(text, ImageFont.load_default(14)) and not missing(text, wide)
-    monkeypatch.setattr("retrace.fonts._WIDE", ("no such font.ttf", "DejaVuSans.ttf"))
+    monkeypatch.setattr("retrace.pictures.fonts._WIDE", ("no such font.ttf", "DejaVuSans.ttf"))
     assert font_for(text, 14).getname() == wide.getname()  # type: ignore[union-attr]
     assert font_for("a red circle", 14).getname() == ImageFont.load_default(14).getname()  # type: ignore[union-attr]
 

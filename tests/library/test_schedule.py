@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from retrace.errors import InvalidSchedule
-from retrace.schedule import GRIDS, check_sigmas, reference_sigmas, reference_timesteps, respaced, truncate
+from retrace.core.errors import InvalidSchedule
+from retrace.core.schedule import GRIDS, check_sigmas, reference_sigmas, reference_timesteps, respaced, truncate
 
 
 def training(total: int = 1000) -> torch.Tensor:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from retrace.errors import InvalidFile, TrajectoryMismatch
-from retrace.trajectory import Trajectory
-from retrace.trajectory_file import load_extra, load_trajectory, safe_name, save_trajectory
+from retrace.core.errors import InvalidFile, TrajectoryMismatch
+from retrace.core.trajectory import Trajectory
+from retrace.inversion.files import load_extra, load_trajectory, safe_name, save_trajectory
 
 METADATA = {
     "format": "retrace-trajectory",
@@ -72,7 +72,7 @@ def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(tmp_path, monk
         def fail(*_args, error=error):
             raise error
 
-        monkeypatch.setattr("retrace.files.os.replace", fail)
+        monkeypatch.setattr("retrace.core.files.os.replace", fail)
         expected = InvalidFile if isinstance(error, OSError) else KeyboardInterrupt
         with pytest.raises(expected) as caught:
             save_trajectory(Trajectory(torch.tensor([1.0, 0.0]), torch.zeros(2, 1, 1, 1, 1), "eps", "", "ddim"), path)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from retrace.errors import InvalidImage, InvalidSchedule
-from retrace.validation import check_image, check_latent, check_mask, check_same_size, check_steps, match_batch
+from retrace.core.checks import check_image, check_latent, check_mask, check_same_size, check_steps, match_batch
+from retrace.core.errors import InvalidImage, InvalidSchedule
 
 
 def message(function, *args, error=InvalidImage, **kwargs) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from retrace.errors import RetraceError
-from retrace.words import Prompt, Word, parse_values, parse_words, read_prompt
+from retrace.core.errors import RetraceError
+from retrace.core.prompt import Prompt, Word, parse_values, parse_words, read_prompt
 
 
 def pieces(*words: str, length: int = 77) -> list[str | None]:

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from retrace.core.sampling import sample_ddim
 from retrace.hosts.diffusers import DiffusersHost
-from retrace.inversion import invert
+from retrace.inversion.invert import invert
+from retrace.inversion.null_text.optimise import NullText, optimise_null_text
 from retrace.metrics import psnr
-from retrace.null_text import NullText, optimise_null_text
-from retrace.pebble.scenes import heldout, render_batch
-from retrace.sampling import sample_ddim
+from retrace.models.pebble.scenes import heldout, render_batch
 
 SCALE = 7.5
 

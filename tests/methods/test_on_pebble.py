@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import pebble
 from retrace.hosts.diffusers import DiffusersHost
-from retrace.pebble.weights import weights_folder
+from retrace.models.pebble.weights import weights_folder
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_the_shipped_edit_works_as_the_card_says(host: DiffusersHost, card: dict
 
 
 def test_blending_with_nothing_to_edit_returns_the_reconstruction(host: DiffusersHost) -> None:
-    from retrace.blending import Blend
+    from retrace.blending.blend import Blend
 
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     sigmas = host.sigmas("ddim_uniform", 4)

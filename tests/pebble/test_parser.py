@@ -13,10 +13,10 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from retrace.errors import InvalidImage, RetraceError
-from retrace.pebble import scenes
-from retrace.pebble.parser import UNKNOWN, ParsedScene, found, match_ground, parse
-from retrace.pebble.scenes import Ground, Object, Scene
+from retrace.core.errors import InvalidImage, RetraceError
+from retrace.models.pebble import scenes
+from retrace.models.pebble.scenes import Ground, Object, Scene
+from tools.scene_parser import UNKNOWN, ParsedScene, found, match_ground, parse
 
 COUNT = 300
 

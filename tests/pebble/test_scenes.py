@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from retrace.pebble import scenes
-from retrace.pebble.scenes import Ground, Object, Scene
+from retrace.models.pebble import scenes
+from retrace.models.pebble.scenes import Ground, Object, Scene
 
 HELDOUT = scenes.heldout(150)
 OBJECTS = [o for s in HELDOUT for o in s.objects]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from retrace.pebble.training import text_tower, unet
-from retrace.pebble.training.muon import Muon, orthogonalise
-from retrace.pebble.training.stage import Stage
+from retrace.training.muon import Muon, orthogonalise
+from retrace.training.pebble import text_tower, unet
+from retrace.training.stage import Stage
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (16, 64), (64, 16)])

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from retrace.errors import InvalidFile
-from retrace.pebble import architecture
-from retrace.pebble.clip_model import load_clip, normalise
-from retrace.pebble.scenes import COLOURS, heldout, render_batch
-from retrace.pebble.weights import OVERRIDE, weights_folder
+from retrace.core.errors import InvalidFile
+from retrace.models.pebble import architecture
+from retrace.models.pebble.clip import load_clip, normalise
+from retrace.models.pebble.scenes import COLOURS, heldout, render_batch
+from retrace.models.pebble.weights import OVERRIDE, weights_folder
 
 
 def test_the_weights_are_at_most_24_megabytes_of_half_precision() -> None:

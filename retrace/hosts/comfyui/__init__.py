@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .host import ComfyHost
-from .pebble import load_pebble
+from .models.pebble import load_pebble
 
 __all__ = ["ComfyHost", "load_pebble"]

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ...background_reconstruction import Progress
-from ...errors import InvalidImage, UnsupportedModel
-from ...picture_files import to_picture
-from ..private_decoder import private_decoder
+from ...blending.decoder import Progress
+from ...core.errors import InvalidImage, UnsupportedModel
+from ...pictures.files import to_picture
+from ..common.private_decoder import private_decoder
 from . import plain
 from .compat import free_of_patches, runtime_state
 from .gradients import gradient_mode
@@ -51,7 +51,7 @@ class ComfyAutoencoder:
 
     @contextmanager
     def private_decoder(self, latent: Tensor) -> Iterator[nn.Module]:
-        """See :meth:`retrace.host.Host.private_decoder`. Other models make room on the VAE's device first."""
+        """See :meth:`Host.private_decoder`. Other models make room on the VAE's device first."""
         if latent.ndim != 4:
             raise UnsupportedModel(
                 f"This VAE makes latents of shape {list(latent.shape)}, and the decoder of a still picture (4 "

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import RetraceError, UnsupportedModel
-from ...validation import describe
+from ...core.checks import describe
+from ...core.errors import RetraceError, UnsupportedModel
 from .plain import alias
 
 TEXT = "c_crossattn"  # where core keeps the token embeddings that cross-attention reads

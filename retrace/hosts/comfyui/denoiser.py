@@ -15,18 +15,18 @@ import latent_preview
 import torch
 from torch import Tensor
 
-from ...errors import RetraceError
-from ...host import AttentionHook, Conditioning, LowRank, Parametrisation
-from ..adapters import adapted, shape_of
-from ..network_cut import NetworkCut, cut_after
-from ..recompute import recomputed
-from .attention import install_attention
+from ...core.errors import RetraceError
+from ...core.host import AttentionHook, Conditioning, LowRank, Parametrisation
+from ..common.adapters import adapted, shape_of
+from ..common.cut import NetworkCut, cut_after
+from ..common.recompute import recomputed
 from .conditioning import ComfyConditioning
-from .features import FeatureRecorder
 from .gradients import ConstantControl, constant_controls, differentiable_attention, gradient_mode, settle_hooks
-from .lora import projection_layers
+from .network.attention import install_attention
+from .network.features import FeatureRecorder
+from .network.lora import projection_layers
+from .network.unet import feature_blocks, feature_layer
 from .plain import alias
-from .unet import feature_blocks, feature_layer
 
 
 class ComfyDenoiser:
@@ -93,7 +93,7 @@ class ComfyDenoiser:
         """Inside, gradients flow from :meth:`denoised` to ``x`` and to embeddings, but not into ControlNets.
 
         ``recompute`` saves memory, see the protocol; it has no effect on models without core's blocks of a UNet.
-        Raises :class:`~retrace.errors.RetraceError` unless the run was opened with ``gradients=True``.
+        Raises :class:`RetraceError` unless the run was opened with ``gradients=True``.
         """
         if not self.gradients:
             raise RetraceError("This run was opened without gradients. Call host.run(..., gradients=True).")
@@ -115,7 +115,7 @@ class ComfyDenoiser:
     def attention(self, hook: AttentionHook) -> Iterator[None]:
         """Inside, every attention layer calls ``hook``. May be nested: the inner hook's ``attend`` is the outer hook.
 
-        Raises :class:`~retrace.errors.UnsupportedModel` unless the model is a UNet of the SD1.5 or SDXL kind.
+        Raises :class:`UnsupportedModel` unless the model is a UNet of the SD1.5 or SDXL kind.
         """
         options = comfy.model_patcher.create_model_options_clone(self.options)
         install_attention(options, self.model.diffusion_model, hook)
@@ -127,7 +127,7 @@ class ComfyDenoiser:
         """Inside, the outputs ``[rows, C, h, w]`` of these blocks ("up.0" ..., "mid.0", "down.0" ...) are kept.
 
         The dictionary holds those of the newest call, rows in the order of its conditions and, for each, its images.
-        Raises :class:`~retrace.errors.RetraceError` for a block that the model does not have.
+        Raises :class:`RetraceError` for a block that the model does not have.
         """
         recorder = FeatureRecorder(blocks)
         with recorder.hooked(self.model.diffusion_model):
@@ -141,7 +141,7 @@ class ComfyDenoiser:
         """The output ``[B, C, h, w]`` of ``block``; the network is not run beyond it.
 
         Meant for conditions of one entry that holds for the whole picture. Raises
-        :class:`~retrace.errors.UnsupportedModel` without a UNet, RetraceError for a block that it does not have.
+        :class:`UnsupportedModel` without a UNet, RetraceError for a block that it does not have.
         """
         with cut_after(feature_layer(self.model.diffusion_model, block)):
             try:

@@ -15,8 +15,8 @@ import comfy.ldm.modules.attention
 import torch
 from torch import Tensor, nn
 
-from ...errors import UnsupportedModel
-from ..tensors import is_quantised
+from ...core.errors import UnsupportedModel
+from ..common.tensors import is_quantised
 from .compat import drop_inference_buffers, set_in_training
 from .plain import alias, change_tensors
 
@@ -49,7 +49,7 @@ class OrdinaryWeight:
 def gradient_clone(patcher: Any) -> Any:
     """A clone of ``patcher`` whose layers take part in autograd, over the same weights.
 
-    Raises :class:`~retrace.errors.UnsupportedModel` for quantised weights, whose kernels have no backward.
+    Raises :class:`UnsupportedModel` for quantised weights, whose kernels have no backward.
     """
     clone = patcher.clone()
     for name, module in clone.model.named_modules():
@@ -145,7 +145,7 @@ def constant_controls(conds: Sequence[Any], made: dict[int, ConstantControl]) ->
 def settle_hooks(patcher: Any, conds: Sequence[Any], levels: Tensor, options: dict[str, Any]) -> None:
     """Write the weights of conditions with LoRA hooks now: while autograd is on, core could not.
 
-    Raises :class:`~retrace.errors.UnsupportedModel` for two different hooks in one graph, which would overwrite weights
+    Raises :class:`UnsupportedModel` for two different hooks in one graph, which would overwrite weights
     that the first still needs for its backward pass.
     """
     groups = {id(entry.get("hooks")): entry.get("hooks") for cond in conds for entry in cond or []}

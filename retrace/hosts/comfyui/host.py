@@ -12,9 +12,9 @@ import comfy.samplers
 import torch
 from torch import Tensor, nn
 
-from ...errors import InvalidImage, RetraceError
-from ...host import Conditioning, Denoiser, Parametrisation
-from ...words import Prompt
+from ...core.errors import InvalidImage, RetraceError
+from ...core.host import Conditioning, Denoiser, Parametrisation
+from ...core.prompt import Prompt
 from . import gradients as gradient_modes
 from . import plain, sampling
 from .autoencoder import ComfyAutoencoder
@@ -36,7 +36,7 @@ class ComfyHost:
     name = "comfyui"
 
     def __init__(self, model: Any, clip: Any = None, vae: Any = None) -> None:
-        """``model`` is a MODEL (ModelPatcher). Raises :class:`~retrace.errors.UnsupportedModel` for predictions other
+        """``model`` is a MODEL (ModelPatcher). Raises :class:`UnsupportedModel` for predictions other
         than eps, v and flow."""
         self.model = model
         self.clip = clip
@@ -102,7 +102,7 @@ class ComfyHost:
     def encode_image(self, image: Tensor) -> Tensor:
         """Images ``[B, H, W, 3]`` in 0..1 to latents (posterior mean) ``[B, C, h, w]``.
 
-        Core tiles when memory is short. Raises :class:`~retrace.errors.InvalidImage` for other shapes and for sizes
+        Core tiles when memory is short. Raises :class:`InvalidImage` for other shapes and for sizes
         that the VAE would crop.
         """
         latent = ComfyAutoencoder(self._need("vae", "encode an image")).encode_image(image)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...clip import ImageTextModel
 from ...metrics import spatial_tokens
+from ...models.clip.model import ImageTextModel
 
 _RESERVE = 512 * 1024**2  # bytes for the activations of one picture
 

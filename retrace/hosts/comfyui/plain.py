@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..tensors import change_tensors
+from ..common.tensors import change_tensors
 
 __all__ = ["alias", "change_tensors", "result"]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ...errors import UnsupportedModel
-from ...words import Prompt, read_prompt
+from ...core.errors import UnsupportedModel
+from ...core.prompt import Prompt, read_prompt
 from . import plain
 
 MARK = "retrace_prompts"
@@ -20,7 +20,7 @@ Tokens = dict[str, list[list[Any]]]
 def read_prompts(clip: Any, prompts: Sequence[str]) -> list[Prompt]:
     """The words of ``prompts`` in embeddings of equal length, as :func:`encode_prompts` makes them.
 
-    Raises :class:`~retrace.errors.UnsupportedModel` for text encoders that are not CLIP's.
+    Raises :class:`UnsupportedModel` for text encoders that are not CLIP's.
     """
     tables = _tokenize(clip, prompts)
     names = _tokenizers(clip, tables[0])

@@ -9,12 +9,12 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...errors import InvalidSchedule, UnsupportedModel
-from ...host import Parametrisation
+from ...core.errors import InvalidSchedule, UnsupportedModel
+from ...core.host import Parametrisation
 
 
 def parametrisation(model_sampling: Any) -> Parametrisation:
-    """``eps``, ``v`` or ``flow``; raises :class:`~retrace.errors.UnsupportedModel` for any other formula.
+    """``eps``, ``v`` or ``flow``; raises :class:`UnsupportedModel` for any other formula.
 
     Judged by the formula itself, not by inheritance: core derives x0- and EDM-prediction from the eps class, and other
     packs (LCM) override it.

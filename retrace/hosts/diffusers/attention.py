@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import RetraceError
-from ...host import AttentionCall, AttentionHook, Row
+from ...core.errors import RetraceError
+from ...core.host import AttentionCall, AttentionHook, Row
 
 _BLOCK = re.compile(
     r"(?:(down|up)_blocks\.(\d+)|(mid)_block)\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn([12])\."

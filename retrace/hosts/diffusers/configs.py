@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ...errors import InvalidFile, UnsupportedModel, require
+from ...core.errors import InvalidFile, UnsupportedModel, require
 
 _UNET: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel",

@@ -9,12 +9,12 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from ...errors import InvalidImage, RetraceError
-from ...host import AttentionHook, Conditioning, LowRank, Parametrisation, Row
-from ..adapters import adapted, shape_of
-from ..network_cut import NetworkCut, cut_after
-from ..recompute import recomputed
-from ..tensors import change_tensors
+from ...core.errors import InvalidImage, RetraceError
+from ...core.host import AttentionHook, Conditioning, LowRank, Parametrisation, Row
+from ..common.adapters import adapted, shape_of
+from ..common.cut import NetworkCut, cut_after
+from ..common.recompute import recomputed
+from ..common.tensors import change_tensors
 from .attention import Batch, attention_hook, feature_blocks, feature_hook, feature_layer
 from .lora import projection_layers
 from .noise_schedule import NoiseSchedule

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ...errors import InvalidFile, RetraceError, UnsupportedModel, is_out_of_memory, require
-from ...pebble.weights import weights_folder
+from ...core.errors import InvalidFile, RetraceError, UnsupportedModel, is_out_of_memory, require
+from ...models.pebble.weights import weights_folder
 from . import configs
 
 _PURPOSE = "run a model without ComfyUI"

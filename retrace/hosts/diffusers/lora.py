@@ -10,7 +10,7 @@ from .attention import attention_layers
 
 
 def projection_layers(unet: Any) -> dict[str, nn.Module]:
-    """The linear layers of all attentions in the order they run; see :meth:`retrace.host.Denoiser.projections`."""
+    """The linear layers of all attentions in the order they run; see :meth:`Denoiser.projections`."""
     found: dict[str, nn.Module] = {}
     for layer in attention_layers(unet):
         attention = unet.get_submodule(layer.path)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import InvalidSchedule, UnsupportedModel
+from ...core.errors import InvalidSchedule, UnsupportedModel
 
 SCHEDULERS = ("normal", "karras", "exponential", "sgm_uniform", "simple", "ddim_uniform")
 

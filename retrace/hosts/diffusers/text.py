@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...words import Prompt, read_prompt
+from ...core.prompt import Prompt, read_prompt
 
 # A word of at least this many tokens may be broken between two chunks; a shorter one moves to the next chunk whole.
 _LONG_WORD = 8

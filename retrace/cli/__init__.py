@@ -1,0 +1,1 @@
+"""What run.py uses: the commands demo and edit."""

@@ -1,0 +1,1 @@
+"""Dragging the pixels: a geometric warp through the points, and the mask of what it uncovers."""

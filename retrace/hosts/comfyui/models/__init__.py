@@ -1,0 +1,1 @@
+"""Models of this pack as ComfyUI's MODEL, CLIP and VAE."""

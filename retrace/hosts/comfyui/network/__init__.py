@@ -1,0 +1,1 @@
+"""ComfyUI's networks: their attention layers, feature blocks and low-rank adapters."""

@@ -1,0 +1,1 @@
+"""What lives on a MODEL: patches that a sampler runs with."""

@@ -1,0 +1,102 @@
+"""Reference KV Control under core's samplers: in UNets by their attention patches, in transformers by their blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import comfy.patcher_extension
+from torch import Tensor
+
+from ....attention.reference_kv import ReferenceKV, default_first_layer, reference_rows, require_edits
+from ....core.errors import RetraceError, UnsupportedModel
+from ....core.host import Row
+from ..network.attention import install_attention
+from ..network.joint_attention import install_exchange, joint_blocks
+from ..network.unet import attention_layers
+from .run_patch import SamplerCall
+
+
+def patch_reference_kv(
+    model: Any, first_layer: int | None = None, *, start_percent: float = 0.0, end_percent: float = 1.0
+) -> Any:
+    """A clone of the MODEL whose samplers let the edits of a batch ``[reference, edit, ...]`` read the reference.
+
+    Args:
+        first_layer: running number of the first controlled layer; None is what :func:`first_layer_of` says.
+        start_percent, end_percent: part of the noise levels during which it happens, as core counts them.
+
+    Raises:
+        RetraceError: a layer that the model does not have, or a window that ends before it starts.
+        UnsupportedModel: a network whose attention is reached in neither way.
+    """
+    network = model.model.diffusion_model
+    if not joint_blocks(network) and getattr(network, "input_blocks", None) is None:
+        raise UnsupportedModel(
+            f"The connected model is '{type(model.model).__name__}', whose self-attention cannot be reached safely. "
+            "Connect an SD1.x, SD2.x, SDXL, Flux, Chroma, SD3 or Qwen-Image model."
+        )
+    layers = len(joint_blocks(network) or _unet_blocks(network))
+    if first_layer is None:
+        first_layer = first_layer_of(network)
+    if not 0 <= first_layer < layers:
+        raise RetraceError(
+            f"first_layer is {first_layer}, but this model has {layers} self-attention layers: give a number from 0 to "
+            f"{layers - 1}, or -1 to let the node choose."
+        )
+    if start_percent > end_percent:
+        raise RetraceError(
+            f"It starts at {start_percent:g} and ends at {end_percent:g} already. Set end_percent above start_percent."
+        )
+    patched = model.clone()
+    patch = _Patch(first_layer, start_percent, end_percent)
+    patched.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, _Patch.key, patch.sample)
+    return patched
+
+
+def first_layer_of(network: Any) -> int:
+    """The layer to begin with: that of the authors, or its like.
+
+    A UNet begins with the two finest decoder levels that have attention. For transformers there is no authors' choice.
+    They begin in the middle: as in the UNet the first half settles where things are, which is the edit's business, and
+    the second what they look like.
+    """
+    joint = joint_blocks(network)
+    return len(joint) // 2 if joint else default_first_layer(_unet_blocks(network))
+
+
+def _unet_blocks(network: Any) -> list[str]:
+    """The block of every transformer block of a UNet, in the order they run."""
+    return [layer.block for layer in attention_layers(network) if layer.patch == "attn1"]
+
+
+class _Patch:
+    """Installs the control for the time of a sampler's run; keeps no state, so runs side by side never meet."""
+
+    key = "retrace_reference_kv"
+
+    def __init__(self, first_layer: int, start_percent: float, end_percent: float) -> None:
+        self.first_layer, self.start_percent, self.end_percent = first_layer, start_percent, end_percent
+
+    def sample(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Around a whole run of a sampler."""
+        call = SamplerCall(args, kwargs)
+        require_edits(call["noise"].shape[0])
+        model = call["model_wrap"].inner_model
+        # Only now: a later node may have shifted the noise levels, or patched the attention, which must be there to be
+        # kept.
+        start, end = (float(model.model_sampling.percent_to_sigma(p)) for p in (self.start_percent, self.end_percent))
+        control = ReferenceKV(self.first_layer, start=start, end=end)
+        arguments = dict(call["extra_args"])
+        options = arguments["model_options"] = dict(arguments.get("model_options", {}))
+        if joint_blocks(model.diffusion_model):
+            install_exchange(options, model.diffusion_model, partial(_exchange, control))
+        else:
+            install_attention(options, model.diffusion_model, control)
+        call["extra_args"] = arguments
+        return call.run(executor)
+
+
+def _exchange(control: ReferenceKV, layer: int, sigma: float, rows: tuple[Row, ...]) -> Sequence[int] | None:
+    return reference_rows(rows) if control.applies(layer, sigma) else None

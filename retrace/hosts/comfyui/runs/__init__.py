@@ -1,0 +1,1 @@
+"""Whole loops between sockets: what a node starts and waits for."""

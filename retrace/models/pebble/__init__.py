@@ -1,0 +1,1 @@
+"""Pebble, the demo model that ships: architecture, weights and the scenes it was trained on."""

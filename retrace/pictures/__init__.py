@@ -1,0 +1,1 @@
+"""All that draws or reads image files: fonts, labels, plots, contact sheets."""

@@ -1,0 +1,99 @@
+"""Pictures and masks as files: read with clear errors, written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from ..core.checks import check_mask
+from ..core.errors import InvalidFile, InvalidImage
+from ..core.files import replace_file
+
+
+def read_image(path: Path) -> Tensor:
+    """The picture in ``path`` as ``[1, H, W, 3]`` in 0..1, turned the way its EXIF entry says.
+
+    Raises:
+        InvalidFile: no such file, or not a readable picture.
+        InvalidImage: it has transparent pixels, which a model cannot see.
+    """
+    picture = _open(path)
+    if _transparent(picture):
+        raise InvalidImage(
+            f"{path.name} is {picture.mode} and has transparent pixels, but an opaque RGB picture is needed. Flatten "
+            "it onto a background in your picture editor and save it again. If its transparency is the mask, save that "
+            "as a grey picture of its own."
+        )
+    return torch.from_numpy(np.array(picture.convert("RGB"))).float()[None] / 255
+
+
+def read_mask(path: Path, size: tuple[int, int]) -> Tensor:
+    """The mask in ``path`` as ``[1, H, W]`` in 0..1, white = edit; ``size`` is the (height, width) that it must have.
+
+    Raises:
+        InvalidFile: no such file, or not a readable picture.
+        InvalidImage: another size, transparency, colours, or nothing white in it.
+    """
+    picture = _open(path)
+    if _transparent(picture):
+        raise InvalidImage(
+            f"The mask {path.name} is {picture.mode} and has transparent pixels, so it is not clear what selects. Save "
+            "it as an opaque grey picture: white where the picture shall change, black elsewhere."
+        )
+    levels = np.array(picture.convert("RGB"))
+    if int(np.ptp(levels.astype(np.int16), axis=-1).max()) > 8:
+        raise InvalidImage(
+            f"The mask {path.name} has colours, but a grey picture is needed: white where the picture shall change, "
+            "black elsewhere. Was the photo given as the mask?"
+        )
+    return check_mask(f"mask {path.name}", torch.from_numpy(levels[..., 0].copy()).float()[None] / 255, size)
+
+
+def _transparent(picture: Image.Image) -> bool:
+    return "A" in picture.getbands() and bool((np.array(picture.getchannel("A")) < 255).any())
+
+
+def _open(path: Path) -> Image.Image:
+    if not path.is_file():
+        raise InvalidFile(f"There is no file {path}. Check the path.")
+    try:
+        with Image.open(path) as file:
+            file.load()
+            picture = ImageOps.exif_transpose(file)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InvalidFile(
+            f"{path.name} cannot be read as a picture ({error}). It may be damaged or of a kind this program does not "
+            "know: open it in a picture editor and save it as PNG."
+        ) from error
+    if picture.mode.startswith("I"):  # 16 bits a channel, which convert() would clip
+        picture = Image.fromarray((np.array(picture, dtype=np.float32) / 257).round().clip(0, 255).astype(np.uint8))
+    if picture.mode == "F":
+        raise InvalidFile(
+            f"{path.name} holds floating-point values of unknown range. Save it with 8 or 16 bits a channel."
+        )
+    if picture.mode in ("P", "PA", "LA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+    return picture
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """``[H, W, 3]`` or ``[H, W]`` in 0..1 as an 8-bit picture."""
+    return Image.fromarray((image.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8).numpy())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that, whatever happens, it is there completely or not at all.
+
+    Raises:
+        InvalidFile: the folder cannot be made or written to.
+    """
+    try:
+        replace_file(path, content)
+    except OSError as error:
+        raise InvalidFile(
+            f"{path} cannot be written ({error.strerror or error}). Choose another folder with --output, or make room."
+        ) from error

@@ -1,0 +1,1 @@
+"""The recipe of Pebble, one seeded command: python -m retrace.training.pebble."""
