@@ -59,7 +59,9 @@ def arguments() -> argparse.ArgumentParser:
         command.add_argument("--output", type=Path, help="folder for the results (default: output/<name>)")
         command.add_argument("--size", type=int, help="longest side the model works at (default: the model's own)")
         command.add_argument("--device", help="cuda, mps or cpu (default: the fastest there is)")
-    test = commands.add_parser("test", help="check the code and run the tests", add_help=False)
+    test = commands.add_parser(
+        "test", help="check the code and run the quick tests; with --all the slow ones too", add_help=False
+    )
     test.add_argument("pytest", nargs=argparse.REMAINDER, help="arguments for pytest; with any, only pytest runs")
     return parser
 
@@ -136,24 +138,27 @@ def inside() -> bool:
     return Path(sys.prefix).resolve() == VENV.resolve()
 
 
-def run_tests(pytest_arguments: list[str]) -> int:
-    """Without arguments the checks and all tests; with arguments only pytest. Pytest's closing line comes last."""
+def run_tests(pytest_arguments: list[str], everything: bool = False) -> int:
+    """The checks and the quick tests; with ``everything`` the slow ones too. Pytest's closing line comes last.
+
+    With arguments pytest gets those and no others, and the checks run only with ``everything``.
+    """
     python, failed = sys.executable, 0
-    if not pytest_arguments:
+    if everything or not pytest_arguments:
         for check in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]):
             print(f"$ {' '.join(check)}", flush=True)
             failed |= subprocess.call([python, "-m", *check], cwd=ROOT)
+    chosen = pytest_arguments or [*([] if everything else ["-m", "not slow"]), str(ROOT / "tests")]
     # Arguments may name files relative to where the user is.
-    status = subprocess.call(
-        [python, "-m", "pytest", "--rootdir", str(ROOT), *(pytest_arguments or [str(ROOT / "tests")])]
-    )
+    status = subprocess.call([python, "-m", "pytest", "--rootdir", str(ROOT), *chosen])
     return status or int(bool(failed))
 
 
 def main(argv: list[str]) -> int:
     """Returns the exit status: 0 done, 1 tests failed, 2 something the user can put right, 130 stopped."""
     if argv[:1] == ["test"]:  # pytest has options of its own that argparse would claim
-        options = argparse.Namespace(command="test", pytest=argv[1:])
+        rest = [argument for argument in argv[1:] if argument != "--all"]
+        options = argparse.Namespace(command="test", everything=len(rest) < len(argv) - 1, pytest=rest)
     else:
         options = arguments().parse_args(argv)
     try:
@@ -163,7 +168,7 @@ def main(argv: list[str]) -> int:
             environment = {"PYTHONUTF8": "1", **os.environ}
             return subprocess.call([str(venv_python()), str(ROOT / "run.py"), *argv], env=environment)
         if options.command == "test":
-            return run_tests(options.pytest)
+            return run_tests(options.pytest, options.everything)
         sys.path.insert(0, str(ROOT))
         from retrace.cli.main import main as standalone
 

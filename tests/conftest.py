@@ -7,12 +7,16 @@ import sys
 
 import torch
 
-_declared: list[torch.library.Library] = []  # the declarations last as long as this object
+_declared: list[torch.library.Library] = []  # the declarations last as long as these objects
 
 
 def _let_torchvision_import() -> None:
-    """A torchvision compiled for another torch stops at ``torchvision::nms``; the tests need only its Python part."""
-    if importlib.util.find_spec("torchvision") is None:
+    """Declare the operators that torchvision's Python code names where its compiled library does not load.
+
+    A torchvision beside another build of torch than its own (a CUDA wheel beside a CPU torch) stops at ``import
+    torchvision``. open_clip, lpips and transformers import it for parts that need no operator.
+    """
+    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
         return
     try:
         importlib.import_module("torchvision")

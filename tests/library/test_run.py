@@ -114,6 +114,9 @@ def test_the_command_is_passed_on_with_its_arguments(run: Any, monkeypatch: pyte
     assert environments[0]["PYTHONUTF8"] == "1" and environments[0].keys() >= os.environ.keys()
 
 
+CHECKS = ["ruff", "ruff", "mypy"]
+
+
 @pytest.mark.parametrize(("statuses", "expected"), [((0, 0, 0, 0), 0), ((0, 0, 1, 0), 1), ((0, 0, 0, 5), 5)])
 def test_checks_come_before_pytest_and_count(
     run: Any, monkeypatch: pytest.MonkeyPatch, statuses: tuple[int, ...], expected: int
@@ -121,10 +124,27 @@ def test_checks_come_before_pytest_and_count(
     calls: list[list[str]] = []
     monkeypatch.setattr(run.subprocess, "call", lambda command, **_: calls.append(command) or statuses[len(calls) - 1])
     assert run.run_tests([]) == expected
-    assert [c[2] for c in calls] == ["ruff", "ruff", "mypy", "pytest"]
-    calls.clear()
-    run.run_tests(["-x"])
-    assert [c[2] for c in calls] == ["pytest"]
+    assert [c[2] for c in calls] == [*CHECKS, "pytest"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "before", "pytest_gets"),
+    [
+        ([], CHECKS, ["-m", "not slow", str(ROOT / "tests")]),
+        (["--all"], CHECKS, [str(ROOT / "tests")]),
+        (["-x", "-k", "mask"], [], ["-x", "-k", "mask"]),
+        (["-x", "--all", "tests/library"], CHECKS, ["-x", "tests/library"]),
+    ],
+)
+def test_slow_tests_run_when_asked_for(
+    run: Any, monkeypatch: pytest.MonkeyPatch, argv: list[str], before: list[str], pytest_gets: list[str]
+) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(run, "inside", lambda: True)
+    monkeypatch.setattr(run.subprocess, "call", lambda command, **_: calls.append(command) or 0)
+    assert run.main(["test", *argv]) == 0
+    assert [c[2] for c in calls] == [*before, "pytest"]
+    assert calls[-1][3:] == ["--rootdir", str(ROOT), *pytest_gets]
 
 
 # -- the command line
