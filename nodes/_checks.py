@@ -13,19 +13,19 @@ from ..retrace.drag.points import DragPoints, InvalidPoints
 def require_trajectory(value: object) -> Trajectory:
     """The trajectory on a RETRACE_TRAJECTORY socket; raises InvalidFile for anything else."""
     if not isinstance(value, Trajectory):
-        raise InvalidFile(f"trajectory: got {describe(value)}, but an inversion is needed. Connect a 'DDIM Inverter'.")
+        raise InvalidFile(f"trajectory: got {describe(value)}, but an inversion is needed. Connect 'DDIM Inverter'.")
     return value
 
 
 def require_points(value: object) -> DragPoints:
     """The points on a RETRACE_POINTS socket; raises InvalidPoints for anything else."""
     if not isinstance(value, DragPoints):
-        raise InvalidPoints(f"points: got {describe(value)}, but points are needed. Connect a 'Drag Points'.")
+        raise InvalidPoints(f"points: got {describe(value)}, but points are needed. Connect 'Drag Points'.")
     return value
 
 
 def latent_samples(value: object, connect: str = "VAE Encode") -> Any:
     """What a LATENT socket holds as ``samples``, unchecked; raises InvalidImage, which names the node to connect."""
     if not isinstance(value, dict) or "samples" not in value:
-        raise InvalidImage(f"latent: got {describe(value)}, but a LATENT is needed. Connect a '{connect}'.")
+        raise InvalidImage(f"latent: got {describe(value)}, but a LATENT is needed. Connect '{connect}'.")
     return value["samples"]

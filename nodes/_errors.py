@@ -50,8 +50,8 @@ def reports_errors(node: str) -> Callable[[F], F]:
                     raise
                 message = (
                     f"{node}: out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
-                    "Use a smaller picture or a smaller batch, close other programs that use the graphics card, or "
-                    "start ComfyUI with --lowvram (on the CPU: --cpu with fewer pictures at once)."
+                    "Use a smaller image or a smaller batch, close other programs that use the graphics card, or "
+                    "start ComfyUI with --lowvram (on the CPU: --cpu with fewer images at once)."
                 )
             # Raised out here, where the failed call no longer holds its tensors.
             raise OutOfMemory(message)

@@ -49,8 +49,8 @@ def save_memory_input() -> Any:
         "save_memory",
         options=list(SAVE_MEMORY),
         default="auto",
-        tooltip="on: parts of the model are computed twice, which takes a third longer and a fraction of the memory. "
-        "auto: when memory runs out.",
+        tooltip="on: parts of the model are computed twice, which takes a third longer but a fraction of the memory. "
+        "auto: only when memory runs out.",
         **advanced(),
     )
 
@@ -63,5 +63,5 @@ def scheduler_input(tooltip: str) -> Any:
 
 def sigmas_input() -> Any:
     """Noise levels in the place of steps and scheduler."""
-    tooltip = "Own noise levels, most noise first; used instead of steps and scheduler."
+    tooltip = "Your own noise levels, noisiest first; used instead of steps and scheduler."
     return io.Sigmas.Input("sigmas", optional=True, tooltip=tooltip)

@@ -20,14 +20,17 @@ class AttentionMask(io.ComfyNode):
             node_id="RetraceAttentionMask",
             display_name="Attention Mask",
             description="Makes a mask of what a word of the prompt shows in a photo, from the model's cross-attention "
-            "along the inversion. For 'Blend Step' or any inpainting graph, and to look at the maps themselves.",
+            "along the inversion. For 'Blend Step' or any inpainting workflow, or to look at the maps themselves.",
             search_aliases=["word mask", "cross attention map", "daam", "text mask", "segment"],
             inputs=[
-                io.Model.Input("model", tooltip="The model that inverted the picture."),
-                io.Clip.Input("clip", tooltip="The text encoder of the model."),
-                Trajectory.Input("trajectory", tooltip="The inversion of the picture. Batches work."),
+                io.Model.Input("model", tooltip="The model that inverted the image."),
+                io.Clip.Input("clip", tooltip="The model's text encoder."),
+                Trajectory.Input("trajectory", tooltip="The inversion of the image. Batches work."),
                 io.String.Input(
-                    "prompt", multiline=True, dynamic_prompts=False, tooltip="The words for the picture as it is."
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=False,
+                    tooltip="A prompt that describes the image as it is.",
                 ),
                 io.String.Input(
                     "words",
@@ -41,22 +44,24 @@ class AttentionMask(io.ComfyNode):
                     max=1.0,
                     step=0.05,
                     round=0.001,
-                    tooltip="Where the mask is cut, relative to the strongest attention. 0: a soft mask.",
+                    tooltip="Where the mask is cut off, relative to the strongest attention. 0: a soft mask.",
                 ),
                 io.Int.Input(
                     "levels",
                     default=10,
                     min=1,
                     max=1000,
-                    tooltip="How many steps of the inversion are looked at; one evaluation each.",
+                    tooltip="How many steps of the inversion to look at; one evaluation each.",
                 ),
             ],
             outputs=[
-                io.Mask.Output("mask", display_name="MASK", tooltip="All these words together; 1 = attended."),
+                io.Mask.Output("mask", display_name="MASK", tooltip="All of these words together; 1 = attended."),
                 io.Image.Output(
-                    "maps", display_name="maps", tooltip="The map of each word, in the order of the report."
+                    "maps", display_name="maps", tooltip="One map for each word, in the order of the report."
                 ),
-                io.String.Output("report", display_name="report", tooltip="The words, and how much each one covers."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="The words, and how much of the image each one covers."
+                ),
             ],
         )
 

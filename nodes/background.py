@@ -22,24 +22,24 @@ class BackgroundReconstruction(io.ComfyNode):
             "blending",
             node_id="RetraceBackgroundReconstruction",
             display_name="Background Reconstruction",
-            description="Brings the source back around an edit without a seam: a private copy of the VAE's decoder "
-            "learns the background of this one picture (Blended Latent Diffusion), or Poisson blending shifts the "
-            "edit's colours.",
+            description="Restores the source around an edit without a seam: either a private copy of the VAE's "
+            "decoder learns the background of this one image (Blended Latent Diffusion), or Poisson blending shifts "
+            "the colours of the edit.",
             search_aliases=["blended latent diffusion", "poisson", "seamless clone", "seam", "restore background"],
             inputs=[
-                io.Image.Input("edited", tooltip="The picture after the edit, as the VAE decoded it."),
-                io.Image.Input("source", tooltip="The picture before the edit, of the same size."),
-                io.Mask.Input("mask", tooltip="Where the edit stays (1 = edit); decoder mixes values between."),
-                io.Vae.Input("vae", optional=True, tooltip="Needed by decoder only. It stays as it is."),
+                io.Image.Input("edited", tooltip="The image after the edit, as the VAE decoded it."),
+                io.Image.Input("source", tooltip="The image before the edit, of the same size."),
+                io.Mask.Input("mask", tooltip="Where the edit stays (1 = edit); decoder blends values in between."),
+                io.Vae.Input("vae", optional=True, tooltip="Needed only by decoder. It stays unchanged."),
                 io.Combo.Input(
                     "method",
                     options=["decoder", "poisson"],
                     default="decoder",
-                    tooltip="decoder: a copy of the VAE's decoder is trained on this picture, half a minute or more on "
-                    "a graphics card. poisson: seconds, and exact outside the mask, but the edit takes on the colours "
-                    "around it.",
+                    tooltip="decoder: trains a copy of the VAE's decoder on this image, half a minute or more on a "
+                    "graphics card. poisson: takes seconds and is exact outside the mask, but the edit takes on the "
+                    "colours around it.",
                 ),
-                io.Int.Input("steps", default=75, min=1, max=10000, tooltip="decoder: most training steps."),
+                io.Int.Input("steps", default=75, min=1, max=10000, tooltip="decoder: maximum training steps."),
                 io.Float.Input(
                     "learning_rate",
                     default=1e-4,
@@ -47,7 +47,7 @@ class BackgroundReconstruction(io.ComfyNode):
                     max=0.1,
                     step=1e-5,
                     round=1e-7,
-                    tooltip="decoder: how far one step goes. Much more than 0.0001 spoils the picture.",
+                    tooltip="decoder: the learning rate. Much more than 0.0001 spoils the image.",
                     **advanced(),
                 ),
                 io.Float.Input(
@@ -56,7 +56,7 @@ class BackgroundReconstruction(io.ComfyNode):
                     min=0.0,
                     max=1e6,
                     step=1.0,
-                    tooltip="decoder: how much the background counts against the edit.",
+                    tooltip="decoder: how much the background counts relative to the edit.",
                     **advanced(),
                 ),
                 io.Float.Input(
@@ -65,14 +65,16 @@ class BackgroundReconstruction(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.5,
-                    tooltip="decoder: stop when the PSNR of the background reaches this many dB (45 is hard to tell "
-                    "from the source). 0: only when ten steps in a row bring nothing.",
+                    tooltip="decoder: stop when the background PSNR reaches this many dB (45 is hard to tell from the "
+                    "source). 0: stop only after ten steps in a row without improvement.",
                 ),
             ],
             outputs=[
                 io.Image.Output("image", display_name="image", tooltip="The edit in the source's surroundings."),
                 io.String.Output(
-                    "report", display_name="report", tooltip="PSNR of the background before and after, and the steps."
+                    "report",
+                    display_name="report",
+                    tooltip="PSNR of the background before and after, and the number of steps.",
                 ),
             ],
         )
@@ -100,7 +102,7 @@ class BackgroundReconstruction(io.ComfyNode):
             return io.NodeOutput(blended, text, ui=ui.PreviewText(text))
         if vae is None:
             raise RetraceError(
-                "the method 'decoder' trains a copy of a decoder, and no VAE is connected. Connect the one that "
+                "the method 'decoder' trains a copy of a VAE's decoder, but no VAE is connected. Connect the one that "
                 "decoded the edit to 'vae', or choose 'poisson'."
             )
         from ..retrace.hosts.comfyui.autoencoder import ComfyAutoencoder, progress_with_preview

@@ -20,53 +20,53 @@ class BlendStep(io.ComfyNode):
             "blending",
             node_id="RetraceBlendStep",
             display_name="Blend Step",
-            description="Patches a model so that any sampler only edits inside the mask: at every step the rest is "
-            "replaced by the source picture at the right noise level (Blended Latent Diffusion).",
+            description="Patches a model so that any sampler edits only inside the mask: at every step, the rest is "
+            "replaced by the source image at the matching noise level (Blended Latent Diffusion).",
             search_aliases=["blended diffusion", "blended latent diffusion", "inpaint", "keep background"],
             inputs=[
-                io.Model.Input("model", tooltip="The model to patch; the one that comes in stays as it is."),
-                io.Mask.Input("mask", tooltip="Where the sampler may edit (1 = edit); values between mix."),
+                io.Model.Input("model", tooltip="The model to patch; the input model stays unchanged."),
+                io.Mask.Input("mask", tooltip="Where the sampler may edit (1 = edit); values in between blend."),
                 io.Latent.Input(
                     "source",
                     optional=True,
-                    tooltip="The picture to keep, from 'VAE Encode'. Not needed when a trajectory is connected.",
+                    tooltip="The image to keep, from 'VAE Encode'. Not needed when a trajectory is connected.",
                 ),
                 Trajectory.Input(
                     "trajectory",
                     optional=True,
-                    tooltip="The inversion of the picture to keep, from 'DDIM Inverter'; used instead of 'source'.",
+                    tooltip="The inversion of the image to keep, from 'DDIM Inverter'; used instead of 'source'.",
                 ),
                 io.Combo.Input(
                     "noise",
                     options=["fixed", "fresh", "trajectory"],
                     default="fixed",
                     tooltip="The noise on the background. fixed: the same at all steps. fresh: new at every step, as "
-                    "in the paper. trajectory: the stored steps of the inversion (sample with the inverter's sigmas).",
+                    "in the paper. trajectory: the stored steps of the inversion (sample with the inverter's SIGMAS).",
                 ),
                 io.Combo.Input(
                     "level",
                     options=["next", "current"],
                     default="next",
-                    tooltip="next: the background has the noise level that the edit has. current: one step noisier, as "
-                    "the authors' code does.",
+                    tooltip="next: the background has the same noise level as the edit. current: one step noisier, as "
+                    "in the authors' code.",
                     **advanced(),
                 ),
                 io.Combo.Input(
                     "cells",
                     options=["max", "area", "any", "nearest"],
                     default="max",
-                    tooltip="What the mask is on the latent grid, whose cells cover 8x8 pixels. max: a cell that it "
-                    "touches may change, so thin lines work. area: only as far as it is covered, so objects keep "
-                    "inside the mask.",
+                    tooltip="How the mask is converted to the latent grid, whose cells cover 8x8 pixels. max: a cell "
+                    "that the mask touches may change, so thin lines work. area: only as far as it is covered, so "
+                    "objects stay inside the mask.",
                 ),
                 io.Int.Input(
                     "shrink_stages",
                     default=0,
                     min=0,
                     max=16,
-                    tooltip="For thin masks: start with this many wider masks, end with the exact one. 0 is off.",
+                    tooltip="For thin masks: start with this many wider masks, end with the exact one. 0: off.",
                 ),
-                seed_input("Seed of the background's noise."),
+                seed_input("Seed of the background noise."),
             ],
             outputs=[
                 io.Model.Output(
@@ -93,8 +93,8 @@ class BlendStep(io.ComfyNode):
 
         if source is None and trajectory is None:
             raise RetraceError(
-                "there is no picture to keep. Connect the LATENT of a 'VAE Encode' to 'source', or the trajectory of a "
-                "'DDIM Inverter'."
+                "there is no image to keep. Connect the LATENT of 'VAE Encode' to 'source', or the trajectory of 'DDIM "
+                "Inverter' to 'trajectory'."
             )
         return io.NodeOutput(
             patch_blend(
@@ -117,12 +117,12 @@ class PasteBackground(io.ComfyNode):
             "blending",
             node_id="RetracePasteBackground",
             display_name="Paste Background",
-            description="Puts the source's own pixels back wherever the mask is 0, bit for bit, and fades the edit in "
+            description="Restores the source's own pixels wherever the mask is 0, bit for bit, and fades the edit in "
             "along the inner edge of the mask.",
             search_aliases=["composite", "restore background", "uncrop"],
             inputs=[
-                io.Image.Input("edited", tooltip="The picture after the edit."),
-                io.Image.Input("source", tooltip="The picture before the edit, of the same size."),
+                io.Image.Input("edited", tooltip="The image after the edit."),
+                io.Image.Input("source", tooltip="The image before the edit, of the same size."),
                 io.Mask.Input("mask", tooltip="Where the edit stays (1 = edit)."),
                 io.Float.Input(
                     "feather",
@@ -130,14 +130,14 @@ class PasteBackground(io.ComfyNode):
                     min=0.0,
                     max=256.0,
                     step=0.5,
-                    tooltip="Width of the fade in pixels, inside the mask only. 0 cuts hard.",
+                    tooltip="Feather width in pixels, inside the mask only. 0: a hard edge.",
                 ),
             ],
             outputs=[
                 io.Image.Output(
                     "image",
                     display_name="image",
-                    tooltip="The edit on the source; outside the mask exactly the source.",
+                    tooltip="The edit on the source; outside the mask, exactly the source.",
                 )
             ],
         )

@@ -25,23 +25,24 @@ class LoadCLIP(io.ComfyNode):
             "report",
             node_id="RetraceLoadCLIP",
             display_name="Load CLIP (Retrace)",
-            description="Loads a CLIP with both of its sides, pictures and words: it says how well they fit. Core's "
-            "loaders of CLIP and CLIP Vision give one side each. Nothing is downloaded.",
+            description="Loads a CLIP with both of its sides, image and text, which measures how well the two match. "
+            "Core's CLIP and CLIP Vision loaders give one side each. Nothing is downloaded.",
             search_aliases=["open_clip", "clip score", "image text model"],
             inputs=[
                 io.Combo.Input(
                     "model",
                     options=[PEBBLE, *KNOWN, *_files()],
                     default=PEBBLE,
-                    tooltip="Pebble's CLIP ships here and knows only Pebble's world. Names like 'ViT-B-32/openai' are "
-                    "known models; where one is missing, the error says what to download. Then come your own files.",
+                    tooltip="Pebble's CLIP ships with the pack and knows only Pebble's world. Names like "
+                    "'ViT-B-32/openai' are known models; if one is missing, the error says what to download. Your own "
+                    "files come last.",
                 ),
                 io.Combo.Input(
                     "architecture",
                     options=list(ARCHITECTURES),
                     default=ARCHITECTURES[0],
-                    tooltip="What a file of your own holds. quickgelu is for weights of OpenAI, DFN and MetaCLIP, "
-                    "the plain names for those of LAION and DataComp. Known models do not need it.",
+                    tooltip="The architecture of your own file. Use quickgelu for weights from OpenAI, DFN and "
+                    "MetaCLIP, and the plain names for those from LAION and DataComp. Known models do not need it.",
                     **advanced(),
                 ),
             ],

@@ -21,18 +21,19 @@ class CLIPGuidance(io.ComfyNode):
             "blending",
             node_id="RetraceCLIPGuidance",
             display_name="CLIP Guidance",
-            description="Patches a model so that any sampler moves to where a CLIP sees the words (Blended Diffusion). "
-            "With 'Blend Step' it edits inside a mask only; without it is local CLIP-guided diffusion.",
+            description="Patches a model so that any sampler moves towards what a CLIP recognises as the prompt "
+            "(Blended Diffusion). With 'Blend Step' it edits only inside a mask; without it, this is local "
+            "CLIP-guided diffusion.",
             search_aliases=["clip guided diffusion", "blended diffusion", "mpgd", "universal guidance", "freedom"],
             inputs=[
-                io.Model.Input("model", tooltip="The model to patch; the one that comes in stays as it is."),
-                ImageText.Input("clip", tooltip="From 'Load CLIP (Retrace)': what looks at the picture."),
+                io.Model.Input("model", tooltip="The model to patch; the input model stays unchanged."),
+                ImageText.Input("clip", tooltip="From 'Load CLIP (Retrace)': the model that looks at the image."),
                 io.String.Input(
                     "prompt",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip="What the region, or the whole picture, shall show. The sampler's own words may be others, "
-                    "or none.",
+                    tooltip="What the region, or the whole image, should show. The sampler's own prompt may be "
+                    "different, or empty.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -41,54 +42,60 @@ class CLIPGuidance(io.ComfyNode):
                     max=1e6,
                     step=100.0,
                     round=0.01,
-                    tooltip="How hard the words pull: 1000 in the authors' code. Small CLIPs may need several times as "
-                    "much, large models of the world less.",
+                    tooltip="How hard the prompt pulls: 1000 in the authors' code. Small CLIPs may need several times "
+                    "as much, large real-world models less.",
                 ),
                 io.Combo.Input(
                     "gradient",
                     options=["x0", "full"],
                     default="x0",
-                    tooltip="x0: the gradient stops at the clean estimate: a guided step goes once through VAE and "
-                    "CLIP and back, not back through the model. full: back through the model, too, as in the paper; "
-                    "slower, and with the memory of training.",
+                    tooltip="x0: the gradient stops at the clean estimate; a guided step goes through the VAE and the "
+                    "CLIP and back, but not back through the model. full: back through the model as well, as in the "
+                    "paper; slower, and with the memory use of training.",
                 ),
                 io.Combo.Input(
                     "view",
                     options=["region", "picture"],
                     default="region",
-                    tooltip="What the CLIP sees. region: the masked part on grey, as in the paper. picture: all of it.",
+                    tooltip="What the CLIP sees. region: the masked part on grey, as in the paper. picture: the whole "
+                    "image.",
                 ),
                 io.Int.Input(
                     "augmentations",
                     default=8,
                     min=1,
                     max=256,
-                    tooltip="Random views of the picture for the CLIP at every guided step; 1 is the plain picture "
-                    "alone. More give a truer gradient. Each costs one pass of the CLIP.",
+                    tooltip="Random views of the image for the CLIP at every guided step; 1 is the plain image alone. "
+                    "More give a more accurate gradient. Each costs one pass of the CLIP.",
                 ),
                 io.Float.Input(
-                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Where in the steps it begins."
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in the steps guidance starts.",
                 ),
                 io.Float.Input(
-                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Where in the steps it ends."
+                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Where in the steps guidance ends."
                 ),
                 io.Int.Input(
                     "every",
                     default=1,
                     min=1,
                     max=100,
-                    tooltip="Guide every n-th step only: 2 halves the extra cost. Raise the strength with it.",
+                    tooltip="Guide only every n-th step: 2 halves the extra cost. Raise the strength along with it.",
                 ),
                 seed_input("Seed of the random views."),
-                io.Mask.Input("mask", optional=True, tooltip="The region that the words are about (1 = edit)."),
+                io.Mask.Input("mask", optional=True, tooltip="The region that the prompt is about (1 = edit)."),
                 io.Vae.Input(
                     "vae",
                     optional=True,
-                    tooltip="Makes the picture that the CLIP sees. A TAESD from 'Load VAE' costs a tenth of the full "
-                    "one. Without any, colours at one pixel per latent cell.",
+                    tooltip="Decodes the image that the CLIP sees. A TAESD from 'Load VAE' costs a tenth of a full "
+                    "VAE. Without any, the CLIP sees only colours, one pixel per latent cell.",
                 ),
                 io.Image.Input(
-                    "source", optional=True, tooltip="The picture before the edit, for the background losses below."
+                    "source", optional=True, tooltip="The image before the edit, for the background losses below."
                 ),
                 io.Float.Input(
                     "range",
@@ -96,7 +103,7 @@ class CLIPGuidance(io.ComfyNode):
                     min=0.0,
                     max=1e6,
                     step=10.0,
-                    tooltip="Weight of the loss that keeps colours within their range.",
+                    tooltip="Weight of the loss that keeps colours in range.",
                     **advanced(),
                 ),
                 io.Float.Input(
@@ -105,7 +112,7 @@ class CLIPGuidance(io.ComfyNode):
                     min=0.0,
                     max=1e7,
                     step=100.0,
-                    tooltip="Weight of the difference to the source outside the mask (10000 in the authors' code). "
+                    tooltip="Weight of the difference from the source outside the mask (10000 in the authors' code). "
                     "Not needed with 'Blend Step'.",
                     **advanced(),
                 ),
@@ -115,8 +122,8 @@ class CLIPGuidance(io.ComfyNode):
                     min=0.0,
                     max=1e7,
                     step=100.0,
-                    tooltip="The same by LPIPS (1000 in the authors' code). Needs the package 'lpips' and the weights "
-                    "of VGG-16 in torch's cache.",
+                    tooltip="The same, measured with LPIPS (1000 in the authors' code). Needs the package 'lpips' and "
+                    "the VGG-16 weights in torch's cache.",
                     **advanced(),
                 ),
                 io.Float.Input(
@@ -125,15 +132,15 @@ class CLIPGuidance(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="Above 0 only the direction of the gradient counts, and the latent moves by this share of "
-                    "a step's noise, whatever the weights (DSG). Try 0.1.",
+                    tooltip="Above 0, only the direction of the gradient counts, and the latent moves by this share "
+                    "of a step's noise, whatever the weights (DSG). Try 0.1.",
                     **advanced(),
                 ),
                 io.Boolean.Input(
                     "parity",
                     default=False,
-                    tooltip="Follow the authors' code where it differs from the paper: mask before views, source "
-                    "unmasked, noisy and clean picture mixed.",
+                    tooltip="On: follow the authors' code where it differs from the paper: mask before views, source "
+                    "unmasked, noisy and clean image mixed.",
                     **advanced(),
                 ),
             ],

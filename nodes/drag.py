@@ -28,50 +28,53 @@ class DragLatentOptimizer(io.ComfyNode):
             node_id="RetraceDragLatentOptimizer",
             display_name="Drag Latent Optimizer",
             description="Moves what lies at the handle points to their targets (DragDiffusion, GoodDrag): inverts the "
-            "picture part of the way to noise and changes that latent until the points have arrived. Gives a batch "
-            "[reference, edited] to sample on with 'Reference KV Control', SamplerCustom (no added noise), cfg 1 and "
-            "the SIGMAS of this node.",
+            "image part of the way to noise and optimises that latent until the points have arrived. Outputs a batch "
+            "[reference, edited]; finish sampling it with 'Reference KV Control', SamplerCustom (no added noise), cfg "
+            "1 and this node's SIGMAS.",
             search_aliases=["dragdiffusion", "gooddrag", "draggan", "point dragging", "move object"],
             has_intermediate_output=True,
             hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="SD 1.x, SD 2.x or SDXL; best with an 'Identity LoRA' of the picture in it."
+                    "model", tooltip="SD 1.x, SD 2.x or SDXL, ideally with an 'Identity LoRA' of the image."
                 ),
-                io.Conditioning.Input("positive", tooltip="The words that describe the picture as it is."),
+                io.Conditioning.Input("positive", tooltip="A prompt that describes the image as it is."),
                 Points.Input("points", tooltip="From 'Drag Points'."),
-                io.Int.Input("steps", default=50, min=2, max=1000, tooltip="Steps of the whole way to noise."),
-                scheduler_input("The noise levels of that way."),
+                io.Int.Input(
+                    "steps", default=50, min=2, max=1000, tooltip="Steps of the full schedule, all the way to noise."
+                ),
+                scheduler_input("Sets the noise levels of that schedule."),
                 io.Float.Input(
                     "strength",
                     default=0.7,
                     min=0.01,
                     max=1.0,
                     step=0.01,
-                    tooltip="How far towards noise the picture goes before it is dragged. Less keeps more and moves "
+                    tooltip="How far towards noise the image goes before it is dragged. Less keeps more and moves "
                     "less.",
                 ),
                 io.Combo.Input(
                     "mode",
                     options=["gooddrag", "dragdiffusion"],
                     default="gooddrag",
-                    tooltip="gooddrag: drags and denoises in turns and always compares with the untouched picture; "
-                    "arrives more often. dragdiffusion: all changes at one noise level, as in the paper.",
+                    tooltip="gooddrag: alternates dragging and denoising, and always compares with the original "
+                    "image; reaches the targets more often. dragdiffusion: all iterations at one noise level, as in "
+                    "the paper.",
                 ),
                 io.Combo.Input(
                     "mask_mode",
                     options=["soft", "hard"],
                     default="soft",
-                    tooltip="soft: changes outside the mask cost (the papers' way). hard: the latent there stays "
-                    "exactly as it is; faster, because the last part of the network is not run.",
+                    tooltip="soft: changes outside the mask are penalised, as in the papers. hard: the latent outside "
+                    "stays exactly as it is; faster, because the last part of the network does not run.",
                 ),
                 io.Int.Input(
                     "changes",
                     default=0,
                     min=0,
                     max=10000,
-                    tooltip="Most changes of the latent; it stops when all points have arrived. 0: as the authors do "
-                    "(dragdiffusion 80, gooddrag 30 at each of the first levels: 180 with 50 steps and strength 0.7).",
+                    tooltip="Maximum iterations; it stops when all points have arrived. 0: as the authors do "
+                    "(dragdiffusion 80; gooddrag 30 at each of the first levels: 180 with 50 steps and strength 0.7).",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -80,7 +83,7 @@ class DragLatentOptimizer(io.ComfyNode):
                     max=1.0,
                     step=0.005,
                     round=1e-5,
-                    tooltip="How far one change goes. 0: as the authors do (0.01, gooddrag 0.02).",
+                    tooltip="The learning rate. 0: as the authors do (0.01, gooddrag 0.02).",
                 ),
                 io.Float.Input(
                     "mask_weight",
@@ -89,7 +92,7 @@ class DragLatentOptimizer(io.ComfyNode):
                     max=100.0,
                     step=0.05,
                     round=1e-4,
-                    tooltip="What changes outside a soft mask cost. -1: as the authors do (0.1, gooddrag 0.2).",
+                    tooltip="The penalty on changes outside a soft mask. -1: as the authors do (0.1, gooddrag 0.2).",
                     **advanced(),
                 ),
                 io.Float.Input(
@@ -98,7 +101,7 @@ class DragLatentOptimizer(io.ComfyNode):
                     min=0.0,
                     max=64.0,
                     step=0.5,
-                    tooltip="How near a point has to come, in cells of 2 pixels.",
+                    tooltip="How close to its target a point has to come, in cells of 2 pixels.",
                     **advanced(),
                 ),
                 io.Int.Input(
@@ -106,8 +109,8 @@ class DragLatentOptimizer(io.ComfyNode):
                     default=-1,
                     min=-1,
                     max=32,
-                    tooltip="How much around a point is moved along, in cells of 2 pixels. -1: as the authors do (1, "
-                    "gooddrag 4).",
+                    tooltip="Radius of the patch around a point that moves with it, in cells of 2 pixels. -1: as the "
+                    "authors do (1, gooddrag 4).",
                     **advanced(),
                 ),
                 io.Int.Input(
@@ -115,29 +118,29 @@ class DragLatentOptimizer(io.ComfyNode):
                     default=-1,
                     min=-1,
                     max=64,
-                    tooltip="How far around its last place a point is looked for, in cells of 2 pixels. -1: as the "
-                    "authors do (3, gooddrag 12).",
+                    tooltip="How far around its last position a point is searched for, in cells of 2 pixels. -1: as "
+                    "the authors do (3, gooddrag 12).",
                     **advanced(),
                 ),
                 io.Combo.Input(
                     "feature_block",
                     options=list(BLOCKS),
                     default="auto",
-                    tooltip="The block whose features say what lies where. auto: the last but one (up.2 of SD 1.5).",
+                    tooltip="The block whose features tell what lies where. auto: the last but one (up.2 of SD 1.5).",
                     **advanced(),
                 ),
                 io.Combo.Input(
                     "inversion",
                     options=["fixed_point", "ddim"],
                     default="fixed_point",
-                    tooltip="fixed_point returns to the picture nearly exactly; ddim takes a third of the time.",
+                    tooltip="fixed_point reproduces the image nearly exactly; ddim takes a third of the time.",
                     **advanced(),
                 ),
                 io.Combo.Input(
                     "latent_is",
                     options=["picture", "noisy"],
                     default="picture",
-                    tooltip="picture: from 'VAE Encode', to be inverted. noisy: a generated picture on its way, from "
+                    tooltip="picture: from 'VAE Encode', to be inverted. noisy: a partly generated image from "
                     "'KSampler (Advanced)' with leftover noise, stopped where strength begins.",
                     **advanced(),
                 ),
@@ -147,7 +150,8 @@ class DragLatentOptimizer(io.ComfyNode):
                     min=1.0,
                     max=100.0,
                     step=0.1,
-                    tooltip="1 for photographs. The cfg of a generated picture; needs a negative.",
+                    tooltip="1 for photographs. For a generated image, the cfg it was generated with; needs a "
+                    "negative.",
                     **advanced(),
                 ),
                 save_memory_input(),
@@ -157,18 +161,18 @@ class DragLatentOptimizer(io.ComfyNode):
                     tooltip="On: noise levels, inversion and mask exactly as in the authors' code.",
                     **advanced(),
                 ),
-                io.Latent.Input("latent", optional=True, tooltip="The picture, from 'VAE Encode'."),
+                io.Latent.Input("latent", optional=True, tooltip="The image, from 'VAE Encode'."),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where the picture may change (1 = may). Without one: the noise mask of the latent, if it "
-                    "has one, or everywhere.",
+                    tooltip="Where the image may change (1 = may change). Without one: the noise mask of the latent, "
+                    "if it has one; otherwise everywhere.",
                 ),
                 Trajectory.Input(
                     "trajectory",
                     optional=True,
-                    tooltip="The inversion of the picture, from 'DDIM Inverter'; used instead of latent, steps, "
-                    "scheduler and sigmas, and not walked again when a point moves.",
+                    tooltip="The inversion of the image, from 'DDIM Inverter'; used instead of latent, steps, "
+                    "scheduler and sigmas, and not computed again when a point moves.",
                 ),
                 io.Conditioning.Input("negative", optional=True, tooltip="Only for cfg above 1."),
                 sigmas_input(),
@@ -180,9 +184,11 @@ class DragLatentOptimizer(io.ComfyNode):
                     tooltip="The batch [reference, edited], noisy, for a sampler that adds no noise.",
                 ),
                 io.Sigmas.Output("sigmas_left", display_name="SIGMAS", tooltip="The noise levels left to sample."),
-                io.String.Output("report", display_name="report", tooltip="How far the points came, and what it cost."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="How far the points moved, and what it cost."
+                ),
                 io.String.Output("path", display_name="path", tooltip="Where every point went, as JSON."),
-                io.Image.Output("path_image", display_name="path image", tooltip="The same, drawn on the picture."),
+                io.Image.Output("path_image", display_name="path image", tooltip="The same, drawn on the image."),
             ],
         )
 
@@ -287,6 +293,6 @@ def _progress(hidden: Any, width: int) -> Any:
 
     def show(change: int, most: int, distances: list[float]) -> None:
         left = ", ".join(f"{distance * width:.0f}" for distance in distances[:8])
-        write(f"change {change} of {most}: {left} pixels to go")
+        write(f"iteration {change} of {most}: {left} pixels to go")
 
     return show

@@ -24,44 +24,45 @@ class DragPointsNode(io.ComfyNode):
             "drag",
             node_id="RetraceDragPoints",
             display_name="Drag Points",
-            description="Place points on a picture: press on what should move and drag to where it should go. Paint "
-            "the part that may change with the brush. Goes to the drag nodes.",
+            description="Place points on an image: press on what should move and drag to where it should go. Paint "
+            "the part that may change with the brush. Connect it to the drag nodes.",
             search_aliases=["point editor", "points editor", "drag diffusion", "draggan", "handles", "spline"],
             has_intermediate_output=True,
             hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Image.Input(
                     "image",
-                    tooltip="The picture to drag on, one. From 'Load Image' it shows at once, from other nodes after "
-                    "the first run.",
+                    tooltip="The image to drag on, a single one. From 'Load Image' it shows at once; from other "
+                    "nodes, after the first run.",
                 ),
                 io.String.Input(
                     "points",
                     default="",
                     multiline=True,
                     placeholder=EXAMPLE,
-                    tooltip="The points and brush strokes as JSON, in shares of the picture's width and height. The "
-                    "picture in the node writes this text.",
+                    tooltip="The points and brush strokes as JSON, in fractions of the image's width and height. The "
+                    "editor in the node writes this text.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="The part that may change (1 = may change), from the mask editor of 'Load Image' for "
-                    "instance. Brush strokes paint on top of it. An empty mask counts as none.",
+                    tooltip="The part that may change (1 = may change), for example from the mask editor of 'Load "
+                    "Image'. Brush strokes are added on top of it. An empty mask counts as none.",
                 ),
             ],
             outputs=[
-                Points.Output("drag_points", display_name="points", tooltip="The points and the picture they lie on."),
+                Points.Output("drag_points", display_name="points", tooltip="The points and the image they lie on."),
                 io.Mask.Output(
                     "area",
                     display_name="mask",
-                    tooltip="The part that may change: the mask with the brush strokes; everything without either.",
+                    tooltip="The part that may change: the mask with the brush strokes, or everything if there is "
+                    "neither.",
                 ),
                 io.Image.Output(
                     "picture",
                     display_name="image",
-                    tooltip="The picture, as it came in. Encode the one that goes in here, not this one: then moving a "
-                    "point does not train or invert again.",
+                    tooltip="The image, unchanged. Encode the image that goes into this node, not this output: then "
+                    "moving a point does not train or invert again.",
                 ),
             ],
         )
@@ -72,16 +73,16 @@ class DragPointsNode(io.ComfyNode):
         picture = check_image("image", image)
         if picture.shape[0] != 1:
             raise InvalidImage(
-                f"image: got {describe(image)}, that is {picture.shape[0]} pictures, but one is needed. Take one of "
-                "them with 'Image From Batch'."
+                f"image: got {describe(image)}, which is {picture.shape[0]} images, but one is needed. Pick one "
+                "with 'Image From Batch'."
             )
         shown = ui.PreviewImage(picture).values
         try:
             pairs, strokes = parse_points(points)
             if not pairs:
                 raise InvalidPoints(
-                    "there are no points. Press on the picture in the node at what should move, drag to where it "
-                    f"should go, and run again. As text: {EXAMPLE}."
+                    "there are no points. In the node, press on what should move in the image, drag to where it should "
+                    f"go, and run again. As text: {EXAMPLE}."
                 )
             area = movable_area(strokes, *picture.shape[1:3], mask)
         except InvalidPoints:

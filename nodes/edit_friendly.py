@@ -23,20 +23,24 @@ class EditFriendlyInverter(io.ComfyNode):
             "inversion",
             node_id="RetraceEditFriendlyInverter",
             display_name="Edit-friendly Inverter",
-            description="Finds the noise of every step with which a sampler makes exactly this picture, even at high "
-            "cfg; other words with the same noises edit it (edit-friendly DDPM inversion). Continue with "
-            "SamplerCustom, add_noise off, and the LATENT, SIGMAS and SAMPLER of this node.",
+            description="Finds the noise for every step with which a sampler reproduces this image exactly, even at "
+            "high cfg; another prompt with the same noise edits it (edit-friendly DDPM inversion). Continue with "
+            "SamplerCustom, add_noise off, and this node's LATENT, SIGMAS and SAMPLER.",
             search_aliases=["ddpm inversion", "edit friendly ddpm", "ledits", "invert image"],
             has_intermediate_output=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample with."),
-                io.Conditioning.Input("positive", tooltip="The words that describe the picture as it is."),
-                io.Conditioning.Input("negative", tooltip="An empty prompt, as a rule; sample with the same one."),
-                io.Latent.Input("latent", tooltip="The picture, from 'VAE Encode'. Batches work."),
+                io.Conditioning.Input("positive", tooltip="A prompt that describes the image as it is."),
+                io.Conditioning.Input("negative", tooltip="Usually an empty prompt; sample with the same one."),
+                io.Latent.Input("latent", tooltip="The image, from 'VAE Encode'. Batches work."),
                 io.Int.Input(
-                    "steps", default=50, min=1, max=1000, tooltip="Steps of the whole schedule, before skip takes some."
+                    "steps",
+                    default=50,
+                    min=1,
+                    max=1000,
+                    tooltip="Steps of the full schedule, before 'skip' removes some.",
                 ),
-                scheduler_input("The noise levels; SIGMAS holds those that you will sample with."),
+                scheduler_input("Sets the noise levels; SIGMAS holds the ones you will sample with."),
                 io.Float.Input(
                     "source_cfg",
                     default=3.5,
@@ -44,7 +48,8 @@ class EditFriendlyInverter(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="The guidance at which the positive above brings the picture back. Edit with a higher cfg.",
+                    tooltip="The cfg at which the positive prompt above reproduces the image. Use a higher cfg for "
+                    "the edit.",
                 ),
                 io.Float.Input(
                     "skip",
@@ -53,17 +58,17 @@ class EditFriendlyInverter(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     round=0.001,
-                    tooltip="The share of the steps, from the noisiest on, that is left out. More keeps more of the "
-                    "picture, less lets the edit change more.",
+                    tooltip="The share of the steps to leave out, starting with the noisiest. More keeps more of the "
+                    "image; less lets the edit change more.",
                 ),
-                seed_input("Every seed returns the same picture, and gives another edit of it."),
+                seed_input("Every seed reproduces the same image, but gives a different edit of it."),
                 io.Int.Input(
                     "batch",
                     default=4,
                     min=1,
                     max=1000,
-                    tooltip="How many steps are predicted at once: more is faster and takes more memory. Models or "
-                    "conditions with patches, time ranges, hooks or ControlNets go one by one.",
+                    tooltip="How many steps are predicted at once: more is faster and uses more memory. If the model "
+                    "or the conditioning has patches, time ranges, hooks or ControlNets, steps run one at a time.",
                     **advanced(),
                 ),
                 sigmas_input(),
@@ -72,20 +77,20 @@ class EditFriendlyInverter(io.ComfyNode):
                 io.Latent.Output(
                     "start_latent",
                     display_name="LATENT",
-                    tooltip="The noisy picture to start from, with no noise added.",
+                    tooltip="The noisy image to start from; sample without adding noise.",
                 ),
                 Trajectory.Output(
                     "trajectory",
                     display_name="trajectory",
-                    tooltip="The picture at every noise level, each with own noise.",
+                    tooltip="The image at every noise level, each with independent noise.",
                 ),
-                io.Sigmas.Output("left_sigmas", display_name="SIGMAS", tooltip="The noise levels that skip leaves."),
+                io.Sigmas.Output("left_sigmas", display_name="SIGMAS", tooltip="The noise levels left after 'skip'."),
                 io.Sampler.Output(
-                    "sampler", display_name="SAMPLER", tooltip="Adds the noises that were found; for these SIGMAS only."
+                    "sampler",
+                    display_name="SAMPLER",
+                    tooltip="Adds the noise that was found; works with these SIGMAS only.",
                 ),
-                io.String.Output(
-                    "report", display_name="report", tooltip="What it cost, and how strong the noises are."
-                ),
+                io.String.Output("report", display_name="report", tooltip="What it cost, and how strong the noise is."),
             ],
         )
 

@@ -22,26 +22,27 @@ class IdentityLora(io.ComfyNode):
             "drag",
             node_id="RetraceIdentityLoRA",
             display_name="Identity LoRA",
-            description="Trains a small LoRA on the picture that you are about to edit, so that the model keeps what "
-            "it shows (DragDiffusion). Once per picture: edits with other points or words do not train again.",
+            description="Trains a small LoRA on the image that you are about to edit, so that the model preserves "
+            "what it shows (DragDiffusion). Once per image: edits with other points or prompts do not train again.",
             search_aliases=["train lora", "dragdiffusion", "dreambooth", "overfit", "fine-tune"],
             has_intermediate_output=True,
             hidden=[io.Hidden.unique_id],
             inputs=[
-                io.Model.Input("model", tooltip="An SD1.x, SD2.x or SDXL model; the one that comes in stays as it is."),
-                io.Conditioning.Input("positive", tooltip="Words that describe the picture as it is."),
+                io.Model.Input("model", tooltip="An SD1.x, SD2.x or SDXL model; the input model stays unchanged."),
+                io.Conditioning.Input("positive", tooltip="A prompt that describes the image as it is."),
                 io.Latent.Input(
-                    "latent", tooltip="The picture, from 'VAE Encode'. A batch: several pictures of the same thing."
+                    "latent", tooltip="The image, from 'VAE Encode'. A batch: several images of the same subject."
                 ),
                 io.Int.Input(
-                    "rank", default=16, min=1, max=256, tooltip="How much the LoRA can hold; 16 in the authors' code."
+                    "rank", default=16, min=1, max=256, tooltip="How much the LoRA can learn; 16 in the authors' code."
                 ),
                 io.Int.Input(
                     "steps",
                     default=80,
                     min=1,
                     max=10000,
-                    tooltip="Beyond 80 DragDiffusion gains no more. Many more stick to the picture and resist edits.",
+                    tooltip="Training steps. Beyond 80, DragDiffusion gains nothing more. Many more overfit the image "
+                    "and resist edits.",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -50,22 +51,22 @@ class IdentityLora(io.ComfyNode):
                     max=0.1,
                     step=1e-4,
                     round=1e-7,
-                    tooltip="How far one step goes; 0.0005 in the authors' code.",
+                    tooltip="The learning rate; 0.0005 in the authors' code.",
                 ),
                 io.Int.Input(
                     "batch_size",
                     default=4,
                     min=1,
                     max=256,
-                    tooltip="Random noise levels that one step learns from. Time grows with it; memory does not.",
+                    tooltip="Random noise levels per training step. Time grows with it; memory does not.",
                 ),
-                seed_input("Seed of the LoRA's first values, the noise levels and the noise."),
+                seed_input("Seed of the LoRA's initial values, the noise levels and the noise."),
                 io.Int.Input(
                     "at_once",
                     default=1,
                     min=1,
                     max=256,
-                    tooltip="How many of a step's noise levels go through the model together. More are faster and take "
+                    tooltip="How many of a step's noise levels go through the model together. More is faster and uses "
                     "more memory; the LoRA is the same.",
                     **advanced(),
                 ),
@@ -77,7 +78,7 @@ class IdentityLora(io.ComfyNode):
                     max=0.99,
                     step=1e-3,
                     round=1e-6,
-                    tooltip="How strongly AdamW pulls the LoRA to zero.",
+                    tooltip="How strongly AdamW pulls the LoRA towards zero.",
                     **advanced(),
                 ),
             ],
@@ -88,10 +89,12 @@ class IdentityLora(io.ComfyNode):
                 io.LoraModel.Output(
                     "lora",
                     display_name="LORA_MODEL",
-                    tooltip="The LoRA itself, for 'Save LoRA Weights', or 'Load LoRA Model' at another strength.",
+                    tooltip="The LoRA itself, for 'Save LoRA Weights', or for 'Load LoRA Model' at another strength.",
                 ),
                 io.LossMap.Output("loss_map", display_name="LOSS_MAP", tooltip="The losses, for 'Plot Loss Graph'."),
-                io.String.Output("report", display_name="report", tooltip="What was learnt, in what time and memory."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="What was learnt, and the time and memory it took."
+                ),
             ],
         )
 

@@ -25,23 +25,29 @@ class DDIMInverter(io.ComfyNode):
             "inversion",
             node_id="RetraceDDIMInverter",
             display_name="DDIM Inverter",
-            description="Finds the noise from which a deterministic sampler (euler or ddim, cfg 1) makes exactly this "
-            "picture, and keeps the path to it. Continue with KSampler (Advanced), add_noise disabled, or with "
-            "SamplerCustom and the SIGMAS of this node.",
+            description="Finds the noise from which a deterministic sampler (euler or ddim, cfg 1) reproduces this "
+            "image exactly, and keeps the path to it. Continue with KSampler (Advanced) with add_noise disabled, or "
+            "with SamplerCustom and this node's SIGMAS.",
             search_aliases=["ddim inversion", "unsampler", "invert image", "aidi", "renoise", "spdinv"],
             has_intermediate_output=True,
             inputs=[
-                io.Model.Input("model", tooltip="The model to walk with; sample with the same one."),
-                io.Conditioning.Input("positive", tooltip="The words that describe the picture as it is."),
-                io.Latent.Input("latent", tooltip="The picture, from 'VAE Encode'. Batches work."),
-                io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Steps of the walk; sample with as many."),
-                scheduler_input("The noise levels of the walk; sample with the same scheduler."),
+                io.Model.Input("model", tooltip="The model to invert with; sample with the same one."),
+                io.Conditioning.Input("positive", tooltip="A prompt that describes the image as it is."),
+                io.Latent.Input("latent", tooltip="The image, from 'VAE Encode'. Batches work."),
+                io.Int.Input(
+                    "steps",
+                    default=50,
+                    min=1,
+                    max=1000,
+                    tooltip="Number of inversion steps; sample with the same number.",
+                ),
+                scheduler_input("Sets the noise levels of the inversion; sample with the same scheduler."),
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
                     default="fixed_point",
-                    tooltip="ddim: one evaluation per step, drifts a little. fixed_point: several, nearly exact. "
-                    "spdinv: solves each step with gradients (SPDInv), slowest.",
+                    tooltip="ddim: one evaluation per step, drifts a little. fixed_point: several evaluations, nearly "
+                    "exact. spdinv: solves each step with gradients (SPDInv), slowest.",
                 ),
                 io.Float.Input(
                     "tolerance",
@@ -50,7 +56,7 @@ class DDIMInverter(io.ComfyNode):
                     max=1.0,
                     step=1e-6,
                     round=1e-7,
-                    tooltip="When a step counts as solved; 0 is the usual value of the method. Not used by ddim.",
+                    tooltip="When a step counts as solved. 0: the method's default. Not used by ddim.",
                     **advanced(),
                 ),
                 io.Int.Input(
@@ -58,25 +64,26 @@ class DDIMInverter(io.ComfyNode):
                     default=0,
                     min=0,
                     max=1000,
-                    tooltip="Most evaluations per step; 0 is the usual value of the method. Not used by ddim.",
+                    tooltip="Maximum evaluations per step. 0: the method's default. Not used by ddim.",
                     **advanced(),
                 ),
                 io.Boolean.Input(
                     "verify",
                     default=True,
-                    tooltip="Sample back once and report how well the picture returns (costs one evaluation per step).",
+                    tooltip="Sample back once and report how closely the image is reproduced (costs one evaluation "
+                    "per step).",
                 ),
                 sigmas_input(),
                 io.Vae.Input(
-                    "vae", optional=True, tooltip="Connect it to have the report measure pictures, not only latents."
+                    "vae", optional=True, tooltip="Connect it to have the report compare images as well as latents."
                 ),
                 io.Combo.Input(
                     "sampler_name",
                     options=list(comfy.samplers.SAMPLER_NAMES),
                     default="euler",
                     optional=True,
-                    tooltip="The sampler you will go forward with, for the SAMPLER output. euler and ddim retrace step "
-                    "by step; samplers that add noise are refused.",
+                    tooltip="The sampler you will sample with, for the SAMPLER output. euler and ddim retrace the "
+                    "inversion step by step; samplers that add noise are refused.",
                 ),
             ],
             outputs=[
@@ -84,10 +91,14 @@ class DDIMInverter(io.ComfyNode):
                     "noise_latent", display_name="LATENT", tooltip="The noise, for a sampler that adds none of its own."
                 ),
                 Trajectory.Output(
-                    "trajectory", display_name="trajectory", tooltip="The latents at every noise level of the walk."
+                    "trajectory",
+                    display_name="trajectory",
+                    tooltip="The latents at every noise level of the inversion.",
                 ),
-                io.Sigmas.Output("walked_sigmas", display_name="SIGMAS", tooltip="The noise levels of the walk."),
-                io.String.Output("report", display_name="report", tooltip="How well and how fast it went."),
+                io.Sigmas.Output("walked_sigmas", display_name="SIGMAS", tooltip="The noise levels of the inversion."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="How accurate the result is, and how long it took."
+                ),
                 io.Sampler.Output("sampler", display_name="SAMPLER", tooltip="The chosen sampler, for SamplerCustom."),
             ],
         )

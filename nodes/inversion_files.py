@@ -27,23 +27,25 @@ class SaveInversion(io.ComfyNode):
             "inversion",
             node_id="RetraceSaveInversion",
             display_name="Save Inversion",
-            description="Writes an inversion to ComfyUI's output folder, so that it need not be computed again.",
+            description="Writes an inversion to ComfyUI's output folder, so that it does not have to be computed "
+            "again.",
             search_aliases=["save trajectory"],
             is_output_node=True,
             inputs=[
                 Trajectory.Input("trajectory", tooltip="From 'DDIM Inverter'."),
                 io.String.Input(
-                    "name", default="inversion", tooltip="File name without folder, for example 'my_photo'."
+                    "name", default="inversion", tooltip="File name without a folder, for example 'my_photo'."
                 ),
                 io.Boolean.Input(
                     "overwrite",
                     default=False,
-                    tooltip="On: replace a file of that name. Off: number the new one (my_photo_2, my_photo_3 ...).",
+                    tooltip="On: replace a file of the same name. Off: number the new one (my_photo_2, my_photo_3 "
+                    "...).",
                 ),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="The negative of a 'Null-text Optimizer', to be kept with its inversion.",
+                    tooltip="The negative from 'Null-text Optimizer', to save along with its inversion.",
                 ),
             ],
             outputs=[io.String.Output("file", display_name="name", tooltip="The name of the file that was written.")],
@@ -73,34 +75,37 @@ class LoadInversion(io.ComfyNode):
             "inversion",
             node_id="RetraceLoadInversion",
             display_name="Load Inversion",
-            description="Reads an inversion that 'Save Inversion' wrote. With a model connected it checks that it made "
-            "the inversion, and also gives the noise as LATENT.",
+            description="Reads an inversion written by 'Save Inversion'. With a model connected, it checks that this "
+            "model made the inversion, and also outputs the noise as LATENT.",
             search_aliases=["load trajectory"],
             inputs=[
                 io.String.Input(
-                    "name", default="inversion", tooltip="File name without folder, for example 'my_photo'."
+                    "name", default="inversion", tooltip="File name without a folder, for example 'my_photo'."
                 ),
                 io.Combo.Input(
-                    "folder", options=list(_FOLDERS), default="output", tooltip="In which of ComfyUI's folders it lies."
+                    "folder",
+                    options=list(_FOLDERS),
+                    default="output",
+                    tooltip="Which of ComfyUI's folders the file is in.",
                 ),
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="The model that will sample; an inversion of another one is refused.",
+                    tooltip="The model you will sample with; an inversion made with another one is refused.",
                 ),
             ],
             outputs=[
                 io.Latent.Output(
                     "noise_latent",
                     display_name="LATENT",
-                    tooltip="The noise to sample from; needs the model connected.",
+                    tooltip="The noise to sample from; needs a connected model.",
                 ),
                 Trajectory.Output("trajectory", display_name="trajectory", tooltip="The latents at every noise level."),
                 io.Sigmas.Output("sigmas", display_name="SIGMAS", tooltip="The noise levels of the inversion."),
                 io.Conditioning.Output(
                     "negative",
                     display_name="negative",
-                    tooltip="The optimised negative that was saved with it; needs the model connected.",
+                    tooltip="The optimised negative saved with it; needs a connected model.",
                 ),
             ],
         )
@@ -121,12 +126,12 @@ class LoadInversion(io.ComfyNode):
         path = place / safe_name(name)
         if not path.is_file():
             there = sorted(file.stem for file in place.glob(f"*{SUFFIX}"))
-            held = f"holds {', '.join(there[:20])}" if there else "holds no such files at all"
+            held = f"contains {', '.join(there[:20])}" if there else "contains no such files"
             raise InvalidFile(f"there is no file '{path.name}' in ComfyUI's {folder} folder, which {held}.")
         trajectory, extra = load_with_extra(path)
         sigmas = trajectory.sigmas.clone()  # core's uni_pc writes into it
         if model is None:
-            blocked = _blocked("the noise as LATENT and the negative need the model that made them. Connect it here.")
+            blocked = _blocked("the noise (LATENT) and the negative need the model that made them. Connect it here.")
             return io.NodeOutput(blocked, trajectory, sigmas, blocked)
         from ..retrace.hosts.comfyui import ComfyHost
         from ..retrace.hosts.comfyui.runs.inversion import noise_samples

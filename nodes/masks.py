@@ -18,11 +18,11 @@ class MaskPrecisionBlur(io.ComfyNode):
             "masks",
             node_id="RetraceMaskPrecisionBlur",
             display_name="Mask Precision Blur",
-            description="Coarsens a mask from its exact outline (level 0) to the bounding box of every object in it "
-            "(the highest level), as SmartBrush does: a coarse mask leaves an edit free to choose its own outline.",
+            description="Coarsens a mask from its exact outline (level 0) to the bounding box of each object in it "
+            "(the highest level), as in SmartBrush: a coarse mask leaves an edit free to choose its own outline.",
             search_aliases=["smartbrush", "grow mask", "mask to bounding box", "expand mask"],
             inputs=[
-                io.Mask.Input("mask", tooltip="The mask to coarsen. Separate objects in it grow on their own."),
+                io.Mask.Input("mask", tooltip="The mask to coarsen. Separate objects in it grow independently."),
                 io.Int.Input(
                     "level",
                     default=2,
@@ -35,7 +35,7 @@ class MaskPrecisionBlur(io.ComfyNode):
                     default=5,
                     min=1,
                     max=100,
-                    tooltip="Number of steps from the exact mask to its bounding box.",
+                    tooltip="Number of levels from the exact mask to its bounding box.",
                 ),
                 io.Combo.Input(
                     "edges",
@@ -52,6 +52,6 @@ class MaskPrecisionBlur(io.ComfyNode):
     def execute(cls, mask: torch.Tensor, level: int, levels: int, edges: str) -> io.NodeOutput:
         if level > levels:
             raise RetraceError(
-                f"level is {level}, but there are only the levels 0 to {levels}. Lower 'level' or raise 'levels'."
+                f"level is {level}, but there are only levels 0 to {levels}. Lower 'level' or raise 'levels'."
             )
         return io.NodeOutput(mask_precision(mask, level, levels, soft=edges == "soft"))

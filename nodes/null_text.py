@@ -21,16 +21,16 @@ class NullTextOptimizer(io.ComfyNode):
             "inversion",
             node_id="RetraceNullTextOptimizer",
             display_name="Null-text Optimizer",
-            description="Changes the negative embedding of every step so that sampling at your cfg brings an inverted "
-            "picture back exactly (Null-text Inversion). Run it once; edits with other words then keep the rest of the "
-            "picture.",
+            description="Optimises the negative embedding of every step so that sampling at your cfg reproduces an "
+            "inverted image exactly (Null-text Inversion). Run it once; edits with other prompts then keep the rest "
+            "of the image.",
             search_aliases=["null text inversion", "negative prompt inversion", "npi", "nti", "pivotal inversion"],
             has_intermediate_output=True,
             hidden=[io.Hidden.unique_id],
             inputs=[
-                io.Model.Input("model", tooltip="The model that inverted the picture."),
-                io.Conditioning.Input("positive", tooltip="The words that the inversion used."),
-                io.Conditioning.Input("negative", tooltip="An empty prompt, as a rule. Its embedding is optimised."),
+                io.Model.Input("model", tooltip="The model that inverted the image."),
+                io.Conditioning.Input("positive", tooltip="The prompt used for the inversion."),
+                io.Conditioning.Input("negative", tooltip="Usually an empty prompt. Its embedding is optimised."),
                 Trajectory.Input("trajectory", tooltip="From 'DDIM Inverter' or 'Load Inversion'. Batches work."),
                 io.Float.Input(
                     "cfg",
@@ -39,19 +39,18 @@ class NullTextOptimizer(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="The guidance that you will sample with.",
+                    tooltip="The cfg you will sample with.",
                 ),
                 io.Combo.Input(
                     "mode",
                     options=list(MODES),
                     default="pivotal",
-                    tooltip="pivotal is the method; the others are the paper's ablations.\n"
+                    tooltip="pivotal is the method itself; the others are the paper's ablations.\n"
                     "global: one embedding for all steps. random_pivot: a random path instead of the inverted one. "
-                    "no_pivot: fresh noise all the time. prompt, prompt_no_pivot: optimise the positive embedding.",
+                    "no_pivot: fresh noise in every iteration. prompt, prompt_no_pivot: optimise the positive "
+                    "embedding.",
                 ),
-                io.Int.Input(
-                    "inner_steps", default=10, min=1, max=1000, tooltip="Most changes of the embedding per step."
-                ),
+                io.Int.Input("inner_steps", default=10, min=1, max=1000, tooltip="Maximum iterations per step."),
                 io.Float.Input(
                     "learning_rate",
                     default=0.01,
@@ -59,7 +58,7 @@ class NullTextOptimizer(io.ComfyNode):
                     max=1.0,
                     step=0.001,
                     round=1e-6,
-                    tooltip="How far one change goes; it falls to half of this over the steps.",
+                    tooltip="The learning rate at the first step; it falls to half of this over the steps.",
                 ),
                 io.Float.Input(
                     "early_stop",
@@ -68,41 +67,45 @@ class NullTextOptimizer(io.ComfyNode):
                     max=1.0,
                     step=1e-6,
                     round=1e-8,
-                    tooltip="The loss at which the first step is good enough; it grows by 0.001 over the steps. "
-                    "0 never stops early.",
+                    tooltip="The loss at which the first step is good enough; this threshold rises by 0.001 over the "
+                    "steps. 0: never stop early.",
                     **advanced(),
                 ),
                 io.Boolean.Input(
                     "parity",
                     default=False,
-                    tooltip="On: exactly the authors' code. Off: the same end with fewer evaluations.",
+                    tooltip="On: exactly the authors' code. Off: an equally good result with fewer evaluations.",
                     **advanced(),
                 ),
-                seed_input("Seed of the noise of random_pivot, no_pivot and prompt_no_pivot.", **advanced()),
+                seed_input("Seed of the noise for random_pivot, no_pivot and prompt_no_pivot.", **advanced()),
                 io.Combo.Input(
                     "start",
                     options=["positive", "negative"],
                     default="positive",
                     optional=True,
-                    tooltip="Where the embedding begins. positive: done in a fifth of the time. negative: as in the "
-                    "paper; for edits with other words at a high cfg, which keep more of the picture then.",
+                    tooltip="Where the embedding starts. positive: takes a fifth of the time. negative: as in the "
+                    "paper; better for edits with other prompts at a high cfg, which then keep more of the image.",
                 ),
             ],
             outputs=[
                 io.Conditioning.Output(
                     "optimised_negative",
                     display_name="negative",
-                    tooltip="One negative embedding per step; for the same scheduler and steps only.",
+                    tooltip="One negative embedding per step; valid only for the same scheduler and steps.",
                 ),
                 io.Conditioning.Output(
                     "optimised_positive",
                     display_name="positive",
-                    tooltip="The positive as it came in; optimised by the prompt modes.",
+                    tooltip="The positive as it came in; optimised in the prompt modes.",
                 ),
                 io.Latent.Output(
-                    "noise_latent", display_name="LATENT", tooltip="The noise to start from, with no noise added."
+                    "noise_latent",
+                    display_name="LATENT",
+                    tooltip="The noise to start from; sample without adding noise.",
                 ),
-                io.String.Output("report", display_name="report", tooltip="How well and how fast it went."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="How accurate the result is, and how long it took."
+                ),
             ],
         )
 
@@ -159,6 +162,6 @@ def _progress(hidden: Any) -> Any:
     write = progress_text(hidden)
 
     def show(step: int, total: int, iterations: int, loss: float, psnr: float) -> None:
-        write(f"step {step} of {total}: {iterations} changes, loss {loss:.1e}, {psnr:.1f} dB from the path")
+        write(f"step {step} of {total}: {iterations} iterations, loss {loss:.1e}, {psnr:.1f} dB from the path")
 
     return show

@@ -18,13 +18,13 @@ class LoadPebble(io.ComfyNode):
             node_id="RetraceLoadPebble",
             display_name="Load Pebble (demo model)",
             description="Loads Pebble, a tiny text-to-image model of coloured shapes (128x128 pixels) that ships with "
-            "this pack and runs in seconds on any computer. For your own photos replace it with 'Load Checkpoint'.",
+            "this pack and runs in seconds on any computer. For your own photos, use 'Load Checkpoint' instead.",
             search_aliases=["demo model", "tiny model", "test checkpoint"],
             inputs=[],
             outputs=[
                 io.Model.Output("model", display_name="MODEL", tooltip="The diffusion model."),
                 io.Clip.Output("clip", display_name="CLIP", tooltip="The text encoder."),
-                io.Vae.Output("vae", display_name="VAE", tooltip="Brings pictures to latents and back."),
+                io.Vae.Output("vae", display_name="VAE", tooltip="Encodes images to latents and decodes them."),
             ],
         )
 
@@ -43,28 +43,35 @@ class PebbleScene(io.ComfyNode):
             "pebble",
             node_id="RetracePebbleScene",
             display_name="Pebble Scene",
-            description="Draws a scene of Pebble's world (one that it was not trained on) with the exact mask of its "
-            "first object and the words for it. For your own photo use 'Load Image' instead.",
+            description="Draws a scene from Pebble's world (one the model was not trained on), with the exact mask of "
+            "its first object and a caption. For your own photo, use 'Load Image' instead.",
             search_aliases=["demo image", "test image", "shapes"],
             inputs=[
                 io.Int.Input(
-                    "index", default=0, min=0, max=999_999, tooltip="Which scene; every number is another one."
+                    "index",
+                    default=0,
+                    min=0,
+                    max=999_999,
+                    tooltip="Which scene to draw; every number gives a different one.",
                 ),
-                io.Int.Input("objects", default=1, min=1, max=2, tooltip="How many objects lie in it."),
+                io.Int.Input("objects", default=1, min=1, max=2, tooltip="Number of objects in the scene."),
                 io.Int.Input(
                     "margin",
                     default=0,
                     min=0,
                     max=32,
                     optional=True,
-                    tooltip="How far the mask reaches beyond the object, in pixels. Replacing it wants 3 or more.",
+                    tooltip="How far the mask extends beyond the object, in pixels. Use 3 or more to replace the "
+                    "object.",
                 ),
             ],
             outputs=[
                 io.Image.Output("image", display_name="image", tooltip="The scene, 128x128 pixels."),
                 io.Mask.Output("mask", display_name="mask", tooltip="The mask of the first object."),
                 io.String.Output(
-                    "caption", display_name="caption", tooltip="The words for it, for example 'a red circle on sand'."
+                    "caption",
+                    display_name="caption",
+                    tooltip="The caption of the scene, for example 'a red circle on sand'.",
                 ),
             ],
         )

@@ -26,38 +26,44 @@ class PromptToPromptNode(io.ComfyNode):
             "prompts",
             node_id="RetracePromptToPrompt",
             display_name="Prompt-to-Prompt",
-            description="Edits a picture by editing its prompt: source and targets are sampled side by side, and the "
-            "targets take over the attention maps of the source, which hold its layout. Connect MODEL, positive and "
-            "LATENT to a KSampler that adds no noise on its way (euler, ddim, dpmpp_2m ...); the first picture that "
-            "comes out is the source, then one for each target.",
+            description="Edits an image by editing its prompt: source and targets are sampled side by side, and the "
+            "targets take over the source's attention maps, which hold its layout. Connect MODEL, positive and LATENT "
+            "to a KSampler whose sampler adds no noise along the way (euler, ddim, dpmpp_2m ...); the first image "
+            "that comes out is the source, followed by one for each target.",
             search_aliases=["p2p", "prompt to prompt", "attention control", "word swap", "reweight", "attend"],
             has_intermediate_output=True,
             inputs=[
-                io.Model.Input("model", tooltip="The model to patch; the one that comes in stays as it is."),
-                io.Clip.Input("clip", tooltip="The text encoder of the model."),
+                io.Model.Input("model", tooltip="The model to patch; the input model stays unchanged."),
+                io.Clip.Input("clip", tooltip="The model's text encoder."),
                 io.Latent.Input(
                     "latent",
-                    tooltip="What to start from: the noise of an inversion to edit your photo, or an empty latent.",
+                    tooltip="What to start from: the noise of an inversion to edit your photo, or an empty latent for "
+                    "a new image.",
                 ),
                 io.String.Input(
-                    "source", multiline=True, dynamic_prompts=False, tooltip="The words for the picture as it is."
+                    "source",
+                    multiline=True,
+                    dynamic_prompts=False,
+                    tooltip="A prompt that describes the image as it is.",
                 ),
                 io.String.Input(
                     "targets",
                     multiline=True,
                     dynamic_prompts=False,
-                    tooltip="The words for the picture as it shall be. One edit per line; all are made at once.",
+                    tooltip="Prompts for the edited image. One edit per line; all are made at once.",
                 ),
                 io.Combo.Input(
                     "mode",
                     options=list(p2p.MODES),
                     default="replace",
-                    tooltip="replace: a changed word takes the place of the old one, in its shape. refine: only equal "
-                    "words share their maps, changed and new ones are free.",
+                    tooltip="replace: a changed word takes the place of the old one, in its shape. refine: only words "
+                    "that both prompts share keep their maps; changed and new words are free.",
                 ),
-                _share("cross_replace", 0.8, "For how many of the steps words keep their place. Lower is freer."),
+                _share("cross_replace", 0.8, "The share of the steps in which words keep their place. Lower is freer."),
                 _share(
-                    "self_replace", 0.4, "For how many of the steps the layout is kept. Lower lets shapes change more."
+                    "self_replace",
+                    0.4,
+                    "The share of the steps in which the layout is kept. Lower lets shapes change more.",
                 ),
                 io.String.Input(
                     "word_weights",
@@ -69,7 +75,7 @@ class PromptToPromptNode(io.ComfyNode):
                     "blend_words",
                     default="",
                     tooltip="Local blend: only what these words show may change, for example 'circle, square'. Give "
-                    "the word of the source and that of the target. Empty is off.",
+                    "the word from the source and the one from the target. Empty: off.",
                 ),
                 io.String.Input(
                     "keep_words",
@@ -77,12 +83,14 @@ class PromptToPromptNode(io.ComfyNode):
                     tooltip="Local blend: what these words show stays, even where it overlaps the others.",
                     **advanced(),
                 ),
-                _share("blend_threshold", 0.3, "Local blend: how tightly the region of the words is cut."),
-                _share("blend_start", 0.2, "Local blend: the share of the steps before it begins.", **advanced()),
+                _share(
+                    "blend_threshold", 0.3, "Local blend: the threshold for the region of the words. Higher is tighter."
+                ),
+                _share("blend_start", 0.2, "Local blend: the share of the steps before it starts.", **advanced()),
                 io.String.Input(
                     "word_windows",
                     default="",
-                    tooltip="A cross_replace of its own for words of the targets, for example 'square: 0.3'.",
+                    tooltip="A separate cross_replace for single words of the targets, for example 'square: 0.3'.",
                     **advanced(),
                 ),
                 io.Int.Input(
@@ -90,21 +98,21 @@ class PromptToPromptNode(io.ComfyNode):
                     default=32,
                     min=1,
                     max=1024,
-                    tooltip="self_replace only in layers of at most this many cells a side.",
+                    tooltip="Apply self_replace only in layers of at most this many cells per side.",
                     **advanced(),
                 ),
                 io.Boolean.Input(
                     "parity",
                     default=False,
-                    tooltip="On: align words exactly as the authors' code does, with its errors.",
+                    tooltip="On: align words exactly as the authors' code does, including its errors.",
                     **advanced(),
                 ),
             ],
             outputs=[
                 io.Model.Output("edited_model", display_name="MODEL", tooltip="The patched model, for the sampler."),
-                io.Conditioning.Output("positive", display_name="positive", tooltip="All prompts, the source first."),
-                io.Latent.Output("batch", display_name="LATENT", tooltip="The latent once for each prompt."),
-                io.String.Output("report", display_name="report", tooltip="Which word took the place of which."),
+                io.Conditioning.Output("positive", display_name="positive", tooltip="All prompts, source first."),
+                io.Latent.Output("batch", display_name="LATENT", tooltip="The latent, once for each prompt."),
+                io.String.Output("report", display_name="report", tooltip="Which word replaced which."),
                 io.Image.Output(
                     "token_map",
                     display_name="token_map",
@@ -141,7 +149,7 @@ class PromptToPromptNode(io.ComfyNode):
         if samples.shape[0] != 1:
             raise InvalidImage(
                 f"latent: got a batch of {samples.shape[0]}, but one latent is needed: every prompt starts from it. "
-                "Take one with 'Latent From Batch'."
+                "Pick one with 'Latent From Batch'."
             )
         texts = [source, *(line for line in targets.splitlines() if line.strip())]
         prompts = read_prompts(clip, texts)
@@ -186,18 +194,19 @@ class DirectInversion(io.ComfyNode):
             "inversion",
             node_id="RetraceDirectInversion",
             display_name="Direct Inversion",
-            description="Holds the source of an edit on the path of its inversion at any cfg, so that it comes back "
+            description="Holds the source of an edit on its inversion path at any cfg, so that it is reproduced "
             "exactly and its attention guides the targets, with nothing to optimise (Direct Inversion, PnP Inversion).",
             search_aliases=["pnp inversion", "source branch", "negative prompt inversion"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to patch, before or after 'Prompt-to-Prompt'."),
-                Trajectory.Input("trajectory", tooltip="The inversion of one picture, from 'DDIM Inverter'."),
+                Trajectory.Input("trajectory", tooltip="The inversion of a single image, from 'DDIM Inverter'."),
             ],
             outputs=[
                 io.Model.Output(
                     "held_model",
                     display_name="MODEL",
-                    tooltip="The patched model, which holds the first image of a batch. Needs the inverter's sigmas.",
+                    tooltip="The patched model, which holds the first image of a batch. Sample with the inverter's "
+                    "SIGMAS.",
                 )
             ],
         )
@@ -218,11 +227,11 @@ class ProximalGuidance(io.ComfyNode):
             "inversion",
             node_id="RetraceProximalGuidance",
             display_name="Proximal Guidance",
-            description="Lets guidance change only what it changes strongly, and leaves the rest of the picture alone. "
-            "With the source prompt as negative it is proximal negative-prompt inversion (ProxEdit).",
+            description="Lets guidance change only what it changes strongly, and leaves the rest of the image alone. "
+            "With the source prompt as the negative, this is proximal negative-prompt inversion (ProxEdit).",
             search_aliases=["proxnpi", "npi", "proxedit", "cfg threshold", "negative prompt inversion"],
             inputs=[
-                io.Model.Input("model", tooltip="The model to patch; the one that comes in stays as it is."),
+                io.Model.Input("model", tooltip="The model to patch; the input model stays unchanged."),
                 io.Float.Input(
                     "quantile",
                     default=0.7,
@@ -230,13 +239,15 @@ class ProximalGuidance(io.ComfyNode):
                     max=0.999,
                     step=0.05,
                     round=0.001,
-                    tooltip="This share of the latent's values, those that guidance changes least, stays. 0 is off.",
+                    tooltip="This share of the latent's values, the ones that guidance changes least, stays "
+                    "unchanged. 0: off.",
                 ),
                 io.Combo.Input(
                     "kind",
                     options=list(KINDS),
                     default="hard",
-                    tooltip="hard: the rest changes in full. soft: less the threshold, so that nothing jumps.",
+                    tooltip="hard: the rest changes in full. soft: the threshold is subtracted from the change, so "
+                    "that nothing jumps.",
                 ),
             ],
             outputs=[

@@ -21,29 +21,29 @@ class RankByCLIP(io.ComfyNode):
             "report",
             node_id="RetraceRankByCLIP",
             display_name="Rank by CLIP",
-            description="Sorts the pictures of a batch by how well they, or their masked parts, show what the words "
-            "say. Make several candidates of an edit, and keep the best.",
+            description="Sorts the images of a batch by how well they, or their masked parts, match the prompt. Make "
+            "several candidates of an edit and keep the best.",
             search_aliases=["blended diffusion", "best of", "clip score", "rerank", "sort images", "pick best"],
             is_output_node=True,
             inputs=[
                 io.Image.Input("images", tooltip="The candidates, as one batch."),
                 ImageText.Input("clip", tooltip="From 'Load CLIP (Retrace)'."),
-                io.String.Input("prompt", multiline=True, tooltip="What the region should show, in words."),
+                io.String.Input("prompt", multiline=True, tooltip="What the region should show."),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="The region that the words are about (every pixel above 0): one for all pictures, or one "
-                    "for each. Without it the whole picture counts.",
+                    tooltip="The region that the prompt is about (every pixel above 0): one for all images, or one "
+                    "for each. Without it, the whole image counts.",
                 ),
                 io.Combo.Input(
                     "region",
                     options=list(get_args(Region)),
                     default="masked",
                     tooltip="What the CLIP sees. masked: black outside the mask, as in the paper. box: the box around "
-                    "the mask, cut out and enlarged. whole: the picture as it is, whatever the mask.",
+                    "the mask, cropped and enlarged. whole: the image as it is, whatever the mask.",
                 ),
                 io.Int.Input(
-                    "keep", default=0, min=0, max=4096, tooltip="At most this many of the best come out. 0: all."
+                    "keep", default=0, min=0, max=4096, tooltip="Output at most this many of the best. 0: all."
                 ),
                 io.Boolean.Input(
                     "parity",
@@ -54,13 +54,16 @@ class RankByCLIP(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("sorted_images", display_name="images", tooltip="The pictures, the best first."),
+                io.Image.Output("sorted_images", display_name="images", tooltip="The images, best first."),
                 io.Int.Output(
                     "best_index",
                     display_name="best_index",
-                    tooltip="Where the best picture was in the batch, from 0; for 'Latent From Batch', say.",
+                    tooltip="Position of the best image in the batch, counted from 0; for example for 'Latent From "
+                    "Batch'.",
                 ),
-                io.String.Output("scores", display_name="scores", tooltip="Rank, place in the batch and score of all."),
+                io.String.Output(
+                    "scores", display_name="scores", tooltip="Rank, position in the batch and score of every image."
+                ),
             ],
         )
 

@@ -19,20 +19,20 @@ class ReferenceKVControl(io.ComfyNode):
             "drag",
             node_id="RetraceReferenceKVControl",
             display_name="Reference KV Control",
-            description="Patches a model so that every picture of a batch keeps the looks of the first one: "
+            description="Patches a model so that every image of a batch keeps the appearance of the first one: "
             "self-attention takes its keys and values from there (DragDiffusion, MasaCtrl). Sample a batch "
             "[reference, edit, ...].",
             search_aliases=["masactrl", "mutual self-attention", "reference only", "dragdiffusion", "reference latent"],
             inputs=[
-                io.Model.Input("model", tooltip="The model to patch; the one that comes in stays as it is."),
+                io.Model.Input("model", tooltip="The model to patch; the input model stays unchanged."),
                 io.Int.Input(
                     "first_layer",
                     default=_AUTO,
                     min=_AUTO,
                     max=1000,
-                    tooltip="Number of the first self-attention layer that reads the reference; all behind it do, "
-                    "too. -1 chooses: 10 of the 16 in SD1.5 (as the authors), 34 of the 70 in SDXL, the second half of "
-                    "Flux, SD3 and the like. Lower holds more of the reference's layout.",
+                    tooltip="Number of the first self-attention layer that reads the reference; all later layers read "
+                    "it as well. -1 chooses: 10 of the 16 in SD1.5 (as the authors do), 34 of the 70 in SDXL, the "
+                    "second half of Flux, SD3 and similar models. Lower keeps more of the reference's layout.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -40,7 +40,7 @@ class ReferenceKVControl(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Where in the sampling it begins. Later lets the edit differ more.",
+                    tooltip="Where in the sampling it starts. Later lets the edit differ more.",
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -48,14 +48,14 @@ class ReferenceKVControl(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Where in the sampling it ends. Earlier lets the finest details be the edit's own.",
+                    tooltip="Where in the sampling it ends. Earlier leaves the finest details to the edit.",
                 ),
             ],
             outputs=[
                 io.Model.Output(
                     "controlled_model",
                     display_name="MODEL",
-                    tooltip="The patched model, for any sampler that gets a batch [reference, edit, ...].",
+                    tooltip="The patched model, for any sampler that is given a batch [reference, edit, ...].",
                 )
             ],
         )

@@ -22,13 +22,13 @@ class EditReportNode(io.ComfyNode):
             "report",
             node_id="RetraceEditReport",
             display_name="Edit Report",
-            description="Compares an edit with its source: PSNR, SSIM and (on request) LPIPS, inside and outside the "
+            description="Compares an edit with its source: PSNR, SSIM and (optionally) LPIPS, inside and outside the "
             "mask, and whether the background is still identical in 8 bits.",
             search_aliases=["psnr", "ssim", "lpips", "compare images", "metrics", "clip score", "structure distance"],
             is_output_node=True,
             inputs=[
-                io.Image.Input("edited", tooltip="The picture after the edit."),
-                io.Image.Input("source", tooltip="The picture before the edit, of the same size."),
+                io.Image.Input("edited", tooltip="The image after the edit."),
+                io.Image.Input("source", tooltip="The image before the edit, of the same size."),
                 io.Mask.Input("mask", tooltip="Where the edit was allowed (1 = edit)."),
                 io.Boolean.Input(
                     "lpips",
@@ -38,19 +38,19 @@ class EditReportNode(io.ComfyNode):
                 ImageText.Input(
                     "clip",
                     optional=True,
-                    tooltip="From 'Load CLIP (Retrace)': also measure how well the edit shows the prompt, and whether "
-                    "the layout is still that of the source.",
+                    tooltip="From 'Load CLIP (Retrace)': also measure how well the edit matches the prompt, and "
+                    "whether its layout is still that of the source.",
                 ),
                 io.String.Input(
                     "prompt",
                     default="",
                     optional=True,
-                    tooltip="What the edit should show, in words, for the CLIP score. Empty: no CLIP score.",
+                    tooltip="What the edit should show, for the CLIP score. Empty: no CLIP score.",
                 ),
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,
-                    tooltip="Measures the layout (structure distance) instead of the CLIP; DINOv2 does that best.",
+                    tooltip="Measures the layout (structure distance) instead of the CLIP; DINOv2 does this best.",
                 ),
             ],
             outputs=[

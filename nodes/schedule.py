@@ -18,28 +18,28 @@ class ReferenceSchedule(io.ComfyNode):
             "schedule",
             node_id="RetraceReferenceSchedule",
             display_name="Reference Schedule",
-            description="The noise levels that the authors' code of an editing method walks. ComfyUI's own "
-            "scheduler nodes give SIGMAS for everything else.",
+            description="Gives the noise levels that the authors' code of an editing method uses. For everything "
+            "else, ComfyUI's own scheduler nodes give SIGMAS.",
             search_aliases=["ddim schedule", "timesteps", "sigmas", "leading", "trailing"],
             inputs=[
-                io.Model.Input("model", tooltip="The model whose training noise levels are picked from."),
+                io.Model.Input("model", tooltip="The model whose training noise levels are used."),
                 io.Combo.Input(
                     "grid",
                     options=list(GRIDS),
                     default="leading_1",
                     tooltip="\n".join(f"{name}: {grid.title}" for name, grid in GRIDS.items()),
                 ),
-                io.Int.Input("steps", default=50, min=1, max=1000, tooltip="How many steps to walk."),
+                io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Number of steps."),
                 io.Boolean.Input(
                     "parity",
                     default=False,
-                    tooltip="End exactly where the reference ends, which may leave a little noise. Off: end at 0.",
+                    tooltip="On: end exactly where the reference ends, which may leave a little noise. Off: end at 0.",
                     **advanced(),
                 ),
             ],
             outputs=[
                 io.Sigmas.Output(
-                    "sigmas", display_name="SIGMAS", tooltip="For DDIM Inverter and SamplerCustom: most noise first."
+                    "sigmas", display_name="SIGMAS", tooltip="For DDIM Inverter and SamplerCustom: noisiest first."
                 )
             ],
         )

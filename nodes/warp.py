@@ -21,9 +21,9 @@ class WarpAndInpaint(io.ComfyNode):
             "drag",
             node_id="RetraceWarpAndInpaint",
             display_name="Warp and Inpaint",
-            description="Moves, turns or bends the masked part of a picture so that every point comes to lie on its "
-            "target, and gives the mask of what any inpainting graph then has to paint. No model, a fraction of a "
-            "second (Inpaint4Drag).",
+            description="Moves, turns or bends the masked part of an image so that every point lands on its target, "
+            "and outputs the mask of what any inpainting workflow then has to paint. No model, a fraction of a second "
+            "(Inpaint4Drag).",
             search_aliases=["inpaint4drag", "drag", "liquify", "move object", "puppet warp", "mls", "deform"],
             has_intermediate_output=True,
             inputs=[
@@ -31,31 +31,33 @@ class WarpAndInpaint(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="What moves (1 = moves): paint over the object with a few pixels around it. Separate parts "
-                    "move on their own, each with the points on it. Without a mask the whole picture is deformed.",
+                    tooltip="What moves (1 = moves): paint over the object with a few pixels around it. Separate "
+                    "parts move independently, each with the points on it. Without a mask, the whole image is "
+                    "deformed.",
                 ),
                 io.Combo.Input(
                     "mode",
                     options=list(get_args(Mode)),
                     default="rigid",
-                    tooltip="What several points do. rigid: move and turn, the shape is kept as far as they allow. "
-                    "scale: also enlarge and shrink. stretch: pull it like rubber. One point moves in all of them.",
+                    tooltip="What several points do. rigid: move and turn, keeping the shape as far as they allow. "
+                    "scale: also enlarge and shrink. stretch: pull it like rubber. A single point only moves, in "
+                    "every mode.",
                 ),
                 io.Int.Input(
                     "grow",
                     default=5,
                     min=0,
                     max=512,
-                    tooltip="Widens the hole by this many pixels, for the soft outline and the shadow that the object "
-                    "leaves behind. 5 suits 512 pixels, 10 suits 1024.",
+                    tooltip="Grows the hole by this many pixels, to cover the soft outline and the shadow that the "
+                    "object leaves behind. 5 suits 512 pixels, 10 suits 1024.",
                 ),
                 io.Int.Input(
                     "border",
                     default=2,
                     min=0,
                     max=512,
-                    tooltip="Paints so many pixels to both sides of the object's new outline anew, so that it fits in. "
-                    "Where the outline did not move it is kept.",
+                    tooltip="Repaints this many pixels on both sides of the object's new outline, so that it blends "
+                    "in. Where the outline did not move, it is kept.",
                 ),
                 io.Float.Input(
                     "feather",
@@ -63,14 +65,14 @@ class WarpAndInpaint(io.ComfyNode):
                     min=0.0,
                     max=256.0,
                     step=0.5,
-                    tooltip="The mask fades out over so many pixels outside of that. 0: a hard edge.",
+                    tooltip="The mask fades out over this many pixels beyond that. 0: a hard edge.",
                 ),
             ],
             outputs=[
                 io.Image.Output(
                     "image",
                     display_name="image",
-                    tooltip="The picture with the object moved; the hole is filled smoothly from its surroundings.",
+                    tooltip="The image with the object moved; the hole is filled smoothly from its surroundings.",
                 ),
                 io.Mask.Output(
                     "inpaint_mask",
@@ -78,9 +80,13 @@ class WarpAndInpaint(io.ComfyNode):
                     tooltip="What has to be painted (1 = paint): where the object was, and along its new outline.",
                 ),
                 io.Mask.Output(
-                    "moved_mask", display_name="moved mask", tooltip="The mask where it has moved to: the object now."
+                    "moved_mask",
+                    display_name="moved mask",
+                    tooltip="The mask at its new position: where the object is now.",
                 ),
-                io.String.Output("report", display_name="report", tooltip="What moved, and how much is to be painted."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="What moved, and how much has to be painted."
+                ),
             ],
         )
 

@@ -115,7 +115,7 @@ class Picker {
   }
 
   show(file, masked, source) {
-    const note = !source ? "Connect an image." : file ? "" : "The picture shows here after the first run: press Run."
+    const note = !source ? "Connect an image." : file ? "" : "The image appears here after the first run: press Run."
     const wanted = JSON.stringify([note, file, masked])
     if (wanted === this.shown) return
     this.shown = wanted

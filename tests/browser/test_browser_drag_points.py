@@ -160,7 +160,7 @@ def _type_text(person: Person) -> None:
     person.set_text('{"points": [[0.1, 0.2, 0.3, 0.4]]}')
     assert person.status.text_content().startswith("1 point.")
     person.set_text("{oops")
-    assert "no JSON" in person.status.text_content()
+    assert "not valid JSON" in person.status.text_content()
     person.drag((0.3, 0.4), (0.5, 0.2))
     person.canvas.press("Delete")
     assert person.text == "{oops", "a text that cannot be read is not destroyed"

@@ -75,7 +75,7 @@ def test_an_empty_mask_of_any_size_is_none(server: ComfyServer) -> None:
 @pytest.mark.parametrize(
     ("points", "words"),
     [
-        ("", ["there are no points", "Press on the picture"]),
+        ("", ["there are no points", "press on what should move"]),
         ({"points": [], "strokes": [DAB]}, ["there are no points"]),
         ("{oops", ["no JSON", "should look like"]),
         ([[100, 20, 200, 20]], ["pair 1, handle", "Divide pixels"]),
@@ -88,7 +88,7 @@ def test_wrong_points_are_an_error_that_says_what_to_do(server: ComfyServer, poi
 
 def test_a_batch_and_a_mask_of_another_size_are_refused(server: ComfyServer) -> None:
     batch = graphs.node("EmptyImage", width=SIZE[1], height=SIZE[0], batch_size=3, color=0)
-    graphs.fails(server, _graph(picture=batch), "RetraceDragPoints", "3 pictures", "one is needed")
+    graphs.fails(server, _graph(picture=batch), "RetraceDragPoints", "3 images", "one is needed")
     other = _graph(masked=True, mask=graphs.solid_mask(1.0, 64, 64))
     graphs.fails(server, other, "RetraceDragPoints", "64x64", f"{SIZE[1]}x{SIZE[0]} is needed")
 

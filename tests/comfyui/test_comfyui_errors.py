@@ -100,7 +100,7 @@ class TestWithModel:
 
     def test_nothing_to_keep(self, newest_server: ComfyServer) -> None:
         graph = graphs.blended(source=None)
-        graphs.fails(newest_server, graph, "RetraceBlendStep", "Blend Step: there is no picture", "VAE Encode")
+        graphs.fails(newest_server, graph, "RetraceBlendStep", "Blend Step: there is no image", "VAE Encode")
 
     def test_trajectory_noise_without_trajectory(self, newest_server: ComfyServer) -> None:
         graph = graphs.blended(noise="trajectory")

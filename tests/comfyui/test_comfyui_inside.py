@@ -63,7 +63,7 @@ failing(RuntimeError("shapes differ"))
     lines = out.splitlines()[-4:]
     for line in lines[:3]:
         assert line.startswith("OutOfMemory True True Blend Step: out of memory"), out
-        assert "smaller picture" in line
+        assert "smaller image" in line
     assert lines[3] == "RuntimeError False False shapes differ"
 
 

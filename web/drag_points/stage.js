@@ -6,8 +6,8 @@ const HIT_PX = 12 // on the screen
 const SHARPEST = 4 // pixels of the canvas per CSS pixel, times those of the screen
 
 const LABEL =
-  "Picture with drag points. Tab or [ and ] select a point, arrow keys move it by a pixel, with shift by ten, Delete " +
-  "removes it."
+  "Image with drag points. Tab or [ and ] select a point, the arrow keys move it by one pixel, or by ten with Shift, " +
+  "and Delete removes it."
 
 export class Stage {
   picture = null

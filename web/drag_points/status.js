@@ -16,7 +16,7 @@ export function statusText(drawing, { picture, mode, locked, places }) {
     const place = `x ${Math.round(x * picture.width)}, y ${Math.round(y * picture.height)} px`
     return `Point ${selected.index + 1} of ${pairs.length}, ${selected.end}: ${place}`
   }
-  if (drawing.isFull) return `${count}: more are not possible.`
-  if (pairs.length) return `${count}${painted}. Drag a dot to move it, right-click removes it.`
+  if (drawing.isFull) return `${count}, which is the maximum.`
+  if (pairs.length) return `${count}${painted}. Drag a dot to move it; right-click to remove it.`
   return "Press on what should move and drag to where it should go."
 }

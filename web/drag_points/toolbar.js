@@ -77,13 +77,13 @@ export class Toolbar {
     this.modes = {
       points: mode("points", "Points", "Place points: press on what should move, drag to where it should go"),
       brush: mode("brush", "Brush", "Paint the part that may change"),
-      erase: mode("erase", "Erase", "Take away from the part that may change"),
+      erase: mode("erase", "Erase", "Remove from the part that may change"),
     }
     this.radius = make("input", { type: "range", min: 0.005, max: 0.25, step: "any" })
     this.radius.oninput = () => act.radius(Number(this.radius.value))
-    const title = "Radius of the brush ([ and ] change it)"
+    const title = "Brush radius ([ and ] change it)"
     this.size = make("label", { className: "retrace-drag-size", title }, "Size", this.radius)
-    this.add = button("", "Add a point in the middle, to be moved with the arrow keys", act.add, "add")
+    this.add = button("", "Add a point in the middle; move it with the arrow keys", act.add, "add")
     this.undo = button("", "Undo (Ctrl+Z)", act.undo, "undo")
     this.redo = button("", "Redo (Ctrl+Shift+Z)", act.redo, "redo")
     this.remove = button("", "Remove the selected point (Delete)", act.remove, "remove")
@@ -94,7 +94,7 @@ export class Toolbar {
     this.element = make(
       "div",
       { className: "retrace-drag-bar", role: "toolbar", "aria-label": "Drag points" },
-      group("What the mouse does", ...Object.values(this.modes)),
+      group("Mouse mode", ...Object.values(this.modes)),
       make("span", { className: "retrace-drag-space" }),
       group("Edit", this.add, this.undo, this.redo, this.remove, this.clear),
       this.json,
@@ -109,7 +109,7 @@ export class Toolbar {
     this.add.hidden = this.remove.hidden = mode !== "points"
     const enabled = { add: canAdd, undo: canUndo, redo: canRedo, remove: canRemove, clear: canClear }
     for (const [name, can] of Object.entries(enabled)) this[name].disabled = locked || !can
-    this.clear.title = mode === "points" ? "Remove all points" : "Remove all that was painted"
+    this.clear.title = mode === "points" ? "Remove all points" : "Remove everything painted"
     this.json.setAttribute("aria-pressed", String(json))
   }
 }

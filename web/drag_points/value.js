@@ -11,7 +11,7 @@ const isPoint = (value) => isList(value) && value.length === 2 && value.every((s
 
 function readPoint(name, value) {
   if (!isPoint(value)) throw new Error(`${name}: two numbers [x, y] are needed.`)
-  if (value.some((share) => share < 0 || share > 1)) throw new Error(`${name}: x and y must lie in 0..1.`)
+  if (value.some((share) => share < 0 || share > 1)) throw new Error(`${name}: x and y must be between 0 and 1.`)
   return [...value]
 }
 
@@ -19,7 +19,7 @@ function readPair(entry, index) {
   const name = `Pair ${index + 1}`
   if (isList(entry) && entry.length === 4) entry = [entry.slice(0, 2), entry.slice(2)]
   if (isList(entry) && entry.length === 2) entry = { handle: entry[0], target: entry[1] }
-  if (entry === null || typeof entry !== "object" || isList(entry)) throw new Error(`${name} is no pair of points.`)
+  if (entry === null || typeof entry !== "object" || isList(entry)) throw new Error(`${name} is not a pair of points.`)
   for (const key of ["handle", "target"]) if (!(key in entry)) throw new Error(`${name} has no "${key}".`)
   return { handle: readPoint(`${name}, handle`, entry.handle), target: readPoint(`${name}, target`, entry.target) }
 }
@@ -28,7 +28,7 @@ function readStroke(entry, index) {
   const name = `Stroke ${index + 1}`
   if (!isList(entry?.points) || !entry.points.length) throw new Error(`${name} has no points.`)
   if (!(typeof entry.radius === "number" && entry.radius > 0 && entry.radius <= 1))
-    throw new Error(`${name}: the radius must be a share of the width, 0 to 1.`)
+    throw new Error(`${name}: the radius must be a fraction of the width, 0 to 1.`)
   const points = entry.points.map((point, i) => readPoint(`${name}, point ${i + 1}`, point))
   return { points, radius: entry.radius, erase: Boolean(entry.erase) }
 }
@@ -40,13 +40,13 @@ export function read(text) {
   try {
     value = JSON.parse(text)
   } catch (error) {
-    throw new Error(`The text is no JSON: ${error.message}`)
+    throw new Error(`The text is not valid JSON: ${error.message}`)
   }
   if (isList(value)) value = { points: value }
   if (value === null || typeof value !== "object") throw new Error('The text should look like {"points": [...]}.')
   const { points = [], strokes = [] } = value
   if (!isList(points) || !isList(strokes)) throw new Error('"points" and "strokes" must be lists.')
-  if (points.length > MOST_POINTS) throw new Error(`${points.length} pairs are too many; ${MOST_POINTS} are possible.`)
+  if (points.length > MOST_POINTS) throw new Error(`${points.length} pairs are too many; the limit is ${MOST_POINTS}.`)
   return { pairs: points.map(readPair), strokes: strokes.map(readStroke) }
 }
 
