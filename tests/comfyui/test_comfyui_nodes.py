@@ -7,9 +7,8 @@ import json
 import re
 from pathlib import Path
 
-from update_locale_en import english
-
 from tools.comfyui.server import ComfyServer
+from tools.update_locale import english
 
 ROOT = Path(__file__).parents[2]
 NODES = {
@@ -80,7 +79,7 @@ def test_every_node_has_help_and_texts_in_all_languages(newest_server: ComfyServ
             assert set(texts[name].get("inputs", {})) == inputs, f"{language}: {name}"
             assert set(texts[name]["outputs"]) == {str(i) for i in range(len(value["output"]))}, f"{language}: {name}"
         if language == "en":
-            assert texts == english(info), "run: python tests/comfyui/update_locale_en.py"
+            assert texts == english(info), "run: python tools/update_locale.py"
     served = newest_server.get_json("/i18n")
     assert served["ko"]["nodeDefs"]["RetraceBlendStep"]["display_name"]
     listed = newest_server.request("GET", "/extensions/ComfyUI-Retrace/docs/RetraceBlendStep.md")

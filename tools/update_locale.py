@@ -1,4 +1,4 @@
-"""Write locales/en/nodeDefs.json from the nodes: python tests/comfyui/update_locale_en.py (needs a ComfyUI)."""
+"""Write locales/en/nodeDefs.json from the nodes: python tools/update_locale.py (needs a ComfyUI)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 def english(object_info: dict[str, Any]) -> dict[str, Any]:
