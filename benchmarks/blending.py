@@ -33,9 +33,23 @@ from retrace.models.clip.model import ImageTextModel, load_image_text_model
 from retrace.models.pebble.scenes import scene_rng
 
 from .applications import APPLICATIONS, Recipe, Task
+from .results import Section, Table, add_write
 
+SECTION = Section(
+    "blending",
+    "Edits under a mask",
+    "Blend Step, 12 to 20 steps. Share of right edits by the scene parser, of a single sample and of the one of "
+    "several that Rank by CLIP puts first. The scenes hold one object (remove: one or two), masks are generous "
+    "(boxes, half of the image in the median), scribbles agree with the words.",
+)
+SEAM = Section(
+    "blending.seam",
+    "The border of the mask",
+    "How steep the image is across the border of the mask after a paste, beside the source at the same place.",
+)
 FIRST = {"heldout": 500_000, "train": 900_000}
 """Of the scenes that are looked at; no other measurement, and no training, sees these."""
+COLUMNS = "single", "ranked first", "by region", "any", "outside identical", "evaluations", "seconds"
 BATCH = 16
 REGIONS = cast("tuple[Region, ...]", get_args(Region))
 SEAM_SCENES = 8  # pictures whose decoder is trained, half a minute each
@@ -52,14 +66,13 @@ class Tally:
     evaluations: int = 0
     seconds: float = 0.0
 
-    def row(self, name: str, recipe: Recipe) -> str:
+    def cells(self, recipe: Recipe) -> tuple[str, ...]:
+        """What the table says, in the order of :data:`COLUMNS`."""
         best = mean(self.best[recipe.rank])
         ranks = ", ".join(f"{region} {mean(hits):.0%}" for region, hits in self.best.items())
         count = len(self.single)
-        return (
-            f"| {name} | {mean(self.single):.1%} | {best:.0%} | {ranks} | {mean(self.any):.0%} | {mean(self.same):.0%} "
-            f"| {self.evaluations / count:.0f} | {self.seconds / count:.2f} |"
-        )
+        shares = f"{mean(self.single):.1%}", f"{best:.0%}", ranks, f"{mean(self.any):.0%}", f"{mean(self.same):.0%}"
+        return *shares, f"{self.evaluations / count:.0f}", f"{self.seconds / count:.2f}"
 
 
 def paint(host: Any, tasks: list[Task], recipe: Recipe, seed: int, candidates: int = 1) -> tuple[Tensor, int]:
@@ -161,24 +174,29 @@ def main() -> None:
     parser.add_argument("--split", choices=list(FIRST), default="heldout")
     parser.add_argument("--start", type=int, help="index of the first scene")
     parser.add_argument("--bf16", action="store_true", help="half the time on processors that know bfloat16")
+    add_write(parser)
     args = parser.parse_args()
     first = FIRST[args.split] if args.start is None else args.start
     host, clip = DiffusersHost.load(None), load_image_text_model()
-    print(f"{args.scenes} {args.split} scenes from {first} on, {args.candidates} samples each\n")
+    conditions = f"{args.scenes} {args.split} scenes from {first} on, {args.candidates} samples each"
+    print(f"{conditions}\n")
     chosen = [name for name in APPLICATIONS if not args.only or name in args.only]
     if chosen:
-        print("| application | single | ranked first | by region | any | outside identical | evaluations | seconds |")
-        print("|---|---|---|---|---|---|---|---|", flush=True)
-    for name in chosen:
-        with precision(args.bf16):
-            tally, recipe = measure(host, clip, name, args.scenes, args.candidates, args.split, first)
-        print(tally.row(name, recipe), flush=True)
+        table = Table("application", *COLUMNS)
+        for name in chosen:
+            with precision(args.bf16):
+                tally, recipe = measure(host, clip, name, args.scenes, args.candidates, args.split, first)
+            table.add(name, *tally.cells(recipe))
+        if args.write:
+            SECTION.write(table, conditions)
     if not args.only or "seam" in args.only:
-        print("| paste | gradient across the border | over the source's | pictures |\n|---|---|---|---|")
+        table = Table("paste", "gradient across the border", "over the source's", "images")
         found = seams(host, args.scenes, args.split, first)
         for way, (value, count) in found.items():
             source = found["source of these" if count == found.get("source of these", (0, -1))[1] else "source"][0]
-            print(f"| {way} | {value:.4f} | {value / source:.2f} | {count} |", flush=True)
+            table.add(way, f"{value:.4f}", f"{value / source:.2f}", str(count))
+        if args.write:
+            SEAM.write(table, f"{args.scenes} {args.split} scenes of each of three applications from {first} on")
 
 
 if __name__ == "__main__":

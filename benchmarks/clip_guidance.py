@@ -30,7 +30,20 @@ from retrace.models.pebble.scenes import Scene, instance_masks, render_batch
 from tools.scene_parser import found, parse
 
 from .pebble import red_circle_scenes, to_nchw, to_nhwc
+from .results import Section, Table, add_write
 
+SECTION = Section(
+    "clip_guidance",
+    "CLIP guidance",
+    "A red circle becomes a blue square under its mask with **no words for the sampler**; only Pebble's CLIP says "
+    "what to paint. Success: a blue square in the mask, by the scene parser, one sample per scene. Blue: a blue "
+    "object in the mask.",
+)
+BACKGROUND = Section(
+    "clip_guidance.background",
+    "Local CLIP-guided diffusion",
+    "Without Blend Step, `x0` by weights: the weight of the background (*background_mse*) against the edit.",
+)
 STEPS = 40
 FIRST = 600_000  # of the held-out scenes; no other measurement looks at these
 PROMPT = "a blue square"
@@ -151,6 +164,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=100)
     parser.add_argument("--split", choices=("heldout", "train"), default="heldout", help="train: to choose settings")
     parser.add_argument("--only", nargs="*", help="names of rows; 'lambda' is the second table")
+    add_write(parser)
     args = parser.parse_args()
     host, clip = DiffusersHost.load(None), load_image_text_model()
     given = red_circle_scenes(args.scenes, FIRST, args.split)
@@ -158,25 +172,27 @@ def main() -> None:
     def wanted(name: str) -> bool:
         return not args.only or name in args.only
 
-    print(f"{args.scenes} scenes, {STEPS} steps, euler_ancestral, no words for the sampler\n")
-    print("| guidance | success | blue | evaluations | backward passes | seconds |\n|---|---|---|---|---|---|")
+    conditions = f"{args.scenes} {args.split} scenes, {STEPS} steps, euler_ancestral"
+    print(f"{conditions}, no words for the sampler\n")
+    table = Table("guidance", "success", "blue", "evaluations", "backward passes", "seconds")
     for name, variant in variants(host).items():
         if wanted(name):
             (success, colour, _, evaluations, backwards), seconds = measure(host, clip, given, variant)
-            print(
-                f"| {name} | {success:.0%} | {colour:.0%} | {evaluations:.0f} | {backwards:.0f} | {seconds:.1f} |",
-                flush=True,
-            )
+            shares = f"{success:.0%}", f"{colour:.0%}"
+            table.add(name, *shares, f"{evaluations:.0f}", f"{backwards:.0f}", f"{seconds:.1f}")
+    if args.write and table.rows:
+        SECTION.write(table, conditions)
     if wanted("lambda"):
-        print("\n| background weight | success | blue | background MSE | PSNR |\n|---|---|---|---|---|")
+        print()
+        table = Table("background weight", "success", "blue", "background MSE", "PSNR")
         for weight in LAMBDAS:
             base = variants(host)["x0, weights instead of dsg"]
             local = replace(base, blend=False, weights=replace(base.weights, background_mse=weight))
             (success, colour, mse, *_), _ = measure(host, clip, given, local)
-            print(
-                f"| {weight:g} | {success:.0%} | {colour:.0%} | {mse:.5f} | {-10 * torch.tensor(mse).log10():.1f} dB |",
-                flush=True,
-            )
+            db = -10 * torch.tensor(mse).log10()
+            table.add(f"{weight:g}", f"{success:.0%}", f"{colour:.0%}", f"{mse:.5f}", f"{db:.1f} dB")
+        if args.write:
+            BACKGROUND.write(table, conditions)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from .large_models import Peak, arguments, build, use_comfyui
+from .large_models import Peak, arguments, build, conditions, use_comfyui
+from .results import Section, Table, machine
+
+SECTION = Section(
+    "drag_cost",
+    "What dragging costs",
+    "A model of real size with random weights in ComfyUI: seconds of one change of the latent, of one noise level of "
+    "the LoRA or of one step of sampling, and the peak of memory above the weights.",
+)
 
 
 def main() -> None:
@@ -72,9 +80,8 @@ def main() -> None:
     }
     with torch.inference_mode():
         sample()  # loads the weights
-        print(f"{args.model}, {args.dtype}, {args.size} px, {args.steps} of each\n", flush=True)
-        print("| what | seconds | peak above the weights |")
-        print("|---|---|---|", flush=True)
+        print(f"{conditions(args)}\n", flush=True)
+        table = Table("what", "seconds", "peak above the weights")
         for name, work in rows.items():
             if args.only and not any(word.lower() in name.lower() for word in args.only):
                 continue
@@ -82,7 +89,9 @@ def main() -> None:
             with Peak() as peak:
                 work()
             seconds = (ticks[-1] - ticks[0]) / (len(ticks) - 1)
-            print(f"| {name} | {seconds:.1f} | {peak.peak:.0f} MB |", flush=True)
+            table.add(name, f"{seconds:.1f}", f"{peak.peak:.0f} MB")
+    if args.write:
+        SECTION.of(args.model).write(table, conditions(args), machine(args.cpu))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,14 @@ from retrace.prompt_to_prompt.proximal import Proximal
 from tools.scene_parser import found
 
 from .pebble import to_nhwc
+from .results import Section, Table, add_write
 
+SECTION = Section(
+    "editing",
+    "Editing by words",
+    "Another colour or another shape for the object of a held-out scene. Share of the edits in which the scene "
+    "parser finds what was asked for, PSNR of the background, and the cost including the inversion.",
+)
 STEPS, GUIDANCE, MARGIN = 50, 7.5, 6
 FIRST = 200_000  # of the held-out scenes; no other measurement looks at these
 SHARES = {"colour": (0.8, 0.4), "shape": (0.3, 0.05)}  # cross_replace and self_replace; a new shape needs room
@@ -168,13 +175,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scenes", type=int, default=50, help="of each kind of edit")
     parser.add_argument("--only", nargs="*", help="words of the methods' names")
+    add_write(parser)
     args = parser.parse_args()
     host = DiffusersHost.load(None)
-    print(f"{args.scenes} scenes of each kind, {STEPS} steps, guidance {GUIDANCE}; the autoencoder alone:", end=" ")
     pictures = to_nhwc(render_batch(heldout(args.scenes, FIRST, objects=1)))
-    print(f"{float(psnr(host.decode_latent(host.encode_image(pictures)), pictures).mean()):.1f} dB\n")
-    print("| method | colour | background | shape | background | evaluations | seconds |")
-    print("|---|---|---|---|---|---|---|")
+    bound = float(psnr(host.decode_latent(host.encode_image(pictures)), pictures).mean())
+    conditions = f"{args.scenes} scenes of each kind, {STEPS} steps, guidance {GUIDANCE}, autoencoder {bound:.1f} dB"
+    print(f"{conditions}\n")
+    table = Table("method", "colour", "background", "shape", "background", "evaluations", "seconds")
     for name, (method, blend) in METHODS.items():
         if args.only and not any(word.lower() in name.lower() for word in args.only):
             continue
@@ -186,7 +194,9 @@ def main() -> None:
             cells += [f"{sum(db for _, db, _ in results) / len(results):.1f} dB"]
             costs += [evaluations for *_, evaluations in results]
         seconds = (time.perf_counter() - started) / len(costs)
-        print(f"| {name} | {' | '.join(cells)} | {sum(costs) / len(costs):.0f} | {seconds:.1f} |", flush=True)
+        table.add(name, *cells, f"{sum(costs) / len(costs):.0f}", f"{seconds:.1f}")
+    if args.write:
+        SECTION.write(table, conditions)
 
 
 if __name__ == "__main__":

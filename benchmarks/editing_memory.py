@@ -10,10 +10,16 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from .large_models import Peak, arguments, build, use_comfyui
+from .large_models import Peak, arguments, build, conditions, use_comfyui
+from .results import Section, Table, machine
 
 TEXTS = ["a photo of a red car on a beach", "a photo of a blue car on a beach"]
 GUIDANCE = 7.5
+SECTION = Section(
+    "editing_memory",
+    "What editing by words costs",
+    "A model of real size with random weights in ComfyUI: peak of memory above the weights, and seconds per step.",
+)
 
 
 def main() -> None:
@@ -70,8 +76,8 @@ def main() -> None:
     with torch.inference_mode():
         path = inverted()  # loads the model and fills the allocator's pools
         weights = sum(p.numel() * p.element_size() for p in model.model.parameters()) / 1e6
-        print(f"{args.model}, {args.dtype}, {args.size} px, weights {weights:.0f} MB\n", flush=True)
-        print("| stage | peak above the weights | seconds a step |\n|---|---|---|")
+        print(f"{conditions(args)}, weights {weights:.0f} MB\n", flush=True)
+        table = Table("stage", "peak above the weights", "seconds a step")
         for name, stage in stages.items():
             if args.only and not any(word.lower() in name.lower() for word in args.only):
                 continue
@@ -79,7 +85,9 @@ def main() -> None:
             with Peak() as peak:
                 stage()
             seconds = (time.perf_counter() - begun) / args.steps
-            print(f"| {name} | {peak.peak:.0f} MB | {seconds:.1f} |", flush=True)
+            table.add(name, f"{peak.peak:.0f} MB", f"{seconds:.1f}")
+    if args.write:
+        SECTION.of(args.model).write(table, f"{conditions(args)}, weights {weights:.0f} MB", machine(args.cpu))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,25 @@ A second copy of the weights would show as +3.4 GB.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from typing import Any
 
 from .large_models import Peak, build, use_comfyui
+from .results import Section, Table, add_write, machine
+
+SECTION = Section(
+    "gradient_memory",
+    "What gradients cost in memory",
+    "SD1.5's UNet with random weights in ComfyUI, fp32: peak of memory above the loaded model.",
+)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cpu", action="store_true")
+    add_write(parser)
+    args = parser.parse_args()
     use_comfyui()
     import torch
 
@@ -43,8 +55,14 @@ def main() -> None:
         gradient_mb, _ = measured(gradient, True)
         _, after = measured(plain, False)
         weights_mb = sum(p.numel() * p.element_size() for p in host.model.model.parameters()) / 1e6
-        print(f"weights {weights_mb:.0f} MB; peak above them: plain {before_mb:.0f} MB, gradient {gradient_mb:.0f} MB")
-        print(f"plain output bit-identical before and after: {bool(torch.equal(before, after))}")
+        same = "the same bits" if torch.equal(before, after) else "OTHER bits"
+        conditions = f"weights {weights_mb:.0f} MB; plain predictions before and after have {same}"
+        print(f"{conditions}\n")
+        table = Table("what", "peak above the weights")
+        table.add("plain prediction", f"{before_mb:.0f} MB")
+        table.add("gradient to the latent", f"{gradient_mb:.0f} MB")
+    if args.write:
+        SECTION.write(table, conditions, machine(args.cpu))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,16 @@ import time
 from collections import Counter
 from typing import Any
 
-from .large_models import Peak, arguments, build, build_vae, use_comfyui
+from .large_models import Peak, arguments, build, build_vae, conditions, use_comfyui
+from .results import Section, Table, machine
 
 GUIDANCE, VIEWS = 7.5, 8
+SECTION = Section(
+    "guidance_cost",
+    "What a step under CLIP Guidance costs",
+    "A model of real size with random weights in ComfyUI, with a CLIP ViT-B/16: passes of the model per step, how "
+    "many of them are kept for the backward pass, peak of memory above the weights, and seconds per step.",
+)
 
 
 def image_text() -> Any:
@@ -72,9 +79,11 @@ def main() -> None:
 
     with torch.inference_mode():
         sampled(model)  # loads the weights
-        print(f"{args.model}, {args.dtype}, {args.size} px, cfg {GUIDANCE}, {VIEWS} views\n", flush=True)
-        print("| guidance | forward | kept for backward | peak above the weights | seconds | of a plain step |")
-        print("|---|---|---|---|---|---|", flush=True)
+        ran = f"{conditions(args)}, cfg {GUIDANCE}, {VIEWS} views"
+        print(f"{ran}\n", flush=True)
+        table = Table(
+            "guidance", "forward", "kept for backward", "peak above the weights", "seconds", "of a plain step"
+        )
         plain = 0.0
         for name, patched in rows.items():
             if args.only and name != "plain" and not any(word.lower() in name.lower() for word in args.only):
@@ -85,8 +94,10 @@ def main() -> None:
                 sampled(patched())
             seconds = (time.perf_counter() - begun) / args.steps
             plain = plain or seconds
-            passes = f"{counts['forward'] / args.steps:g} | {counts['kept'] / args.steps:g}"
-            print(f"| {name} | {passes} | {peak.peak:.0f} MB | {seconds:.1f} | {seconds / plain:.1f} x |", flush=True)
+            passes = f"{counts['forward'] / args.steps:g}", f"{counts['kept'] / args.steps:g}"
+            table.add(name, *passes, f"{peak.peak:.0f} MB", f"{seconds:.1f}", f"{seconds / plain:.1f} x")
+    if args.write:
+        SECTION.of(args.model).write(table, ran, machine(args.cpu))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import threading
 import time
 from typing import Any, Literal, get_args
 
+from .results import add_write
+
 Kind = Literal["sd15", "sdxl"]
 
 _COMMON = {
@@ -97,7 +99,13 @@ def arguments(description: str | None, steps: int) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16")
     parser.add_argument("--only", nargs="*", help="words of the rows' names")
     parser.add_argument("--cpu", action="store_true")
+    add_write(parser)
     return parser.parse_args()
+
+
+def conditions(args: argparse.Namespace) -> str:
+    """What was measured, in words."""
+    return f"{args.model}, {args.dtype}, {args.size} px, {args.steps} steps"
 
 
 def build(kind: Kind, dtype: Any) -> tuple[Any, Any]:

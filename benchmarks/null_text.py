@@ -21,7 +21,14 @@ from retrace.metrics import psnr
 from retrace.models.pebble.scenes import Scene, heldout, render_batch
 
 from .pebble import to_nhwc
+from .results import Section, Table, add_write
 
+SECTION = Section(
+    "null_text",
+    "Null-text optimisation",
+    "How well guided sampling returns to an image whose caption leaves out the ground: PSNR, and network evaluations "
+    "and backward passes per image without the inversion.",
+)
 STEPS, GUIDANCE = 50, 7.5
 FIRST = 300_000  # of the held-out scenes; no other measurement looks at these
 
@@ -68,13 +75,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scenes", type=int, default=50)
     parser.add_argument("--only", nargs="*", help="words of the variants' names")
+    add_write(parser)
     args = parser.parse_args()
     host = DiffusersHost.load(None)
     scenes = heldout(args.scenes, FIRST)
     pictures = to_nhwc(render_batch(scenes))
     bound = float(psnr(host.decode_latent(host.encode_image(pictures)), pictures).mean())
-    print(f"{args.scenes} scenes, {STEPS} steps, guidance {GUIDANCE}; the autoencoder alone: {bound:.2f} dB\n")
-    print("| embeddings | PSNR | evaluations | backward passes | seconds |\n|---|---|---|---|---|")
+    conditions = f"{args.scenes} scenes, {STEPS} steps, guidance {GUIDANCE}, autoencoder {bound:.2f} dB"
+    print(f"{conditions}\n")
+    table = Table("embeddings", "PSNR", "evaluations", "backward passes", "seconds")
     for name, options in {"plain (DDIM inversion)": None, **VARIANTS}.items():
         if args.only and not any(word.lower() in name.lower() for word in args.only):
             continue
@@ -82,7 +91,9 @@ def main() -> None:
         results = torch.tensor([measure(host, scene, options) for scene in scenes])
         seconds = (time.perf_counter() - start) / len(scenes)
         db, evaluations, backwards = results.mean(0).tolist()
-        print(f"| {name} | {db:.2f} dB | {evaluations:.0f} | {backwards:.0f} | {seconds:.1f} |", flush=True)
+        table.add(name, f"{db:.2f} dB", f"{evaluations:.0f}", f"{backwards:.0f}", f"{seconds:.1f}")
+    if args.write:
+        SECTION.write(table, conditions)
 
 
 if __name__ == "__main__":

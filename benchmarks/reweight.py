@@ -20,7 +20,13 @@ from retrace.inversion.invert import invert
 from retrace.models.pebble.scenes import COLOURS, Scene, instance_masks, render_batch, sample_scene, scene_rng
 
 from .pebble import to_nhwc
+from .results import Section, Table, add_write
 
+SECTION = Section(
+    "reweight",
+    "Weights of words",
+    "How much of the named colour an object has when the weight of that word changes; weight 1 counts as 1.",
+)
 STEPS, GUIDANCE = 50, 5.0
 FIRST = 400_000  # of the held-out scenes; no other measurement looks at these
 WEIGHTS = (-2.0, -1.0, 0.0, 0.5, 1.0, 2.0, 4.0)
@@ -80,15 +86,19 @@ def measure(host: DiffusersHost, scene: Scene) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scenes", type=int, default=24)
+    add_write(parser)
     args = parser.parse_args()
     host = DiffusersHost.load(None)
     values = torch.tensor([measure(host, scene) for scene in coloured_scenes(args.scenes)])
-    print(f"{args.scenes} scenes, {STEPS} steps, guidance {GUIDANCE:g}; the colour relative to weight 1\n")
-    print("| weight | " + " | ".join(f"{w:g}" for w in WEIGHTS) + " |\n|" + "---|" * (len(WEIGHTS) + 1))
-    print("| mean | " + " | ".join(f"{v:.2f}" for v in values.mean(0).tolist()) + " |")
+    conditions = f"{args.scenes} scenes, {STEPS} steps, guidance {GUIDANCE:g}"
+    print(f"{conditions}; the colour relative to weight 1\n")
+    table = Table("weight", *(f"{w:g}" for w in WEIGHTS))
+    table.add("mean", *(f"{v:.2f}" for v in values.mean(0).tolist()))
     # From one weight to the next: by more than a shade of 8 bits in the same direction, or not at all.
     rising = (values.diff(dim=1) > -0.01).float().mean(0)
-    print("| scenes that rise from the weight before | | " + " | ".join(f"{v:.0%}" for v in rising.tolist()) + " |")
+    table.add("scenes that rise from the weight before", "", *(f"{v:.0%}" for v in rising.tolist()))
+    if args.write:
+        SECTION.write(table, conditions)
 
 
 if __name__ == "__main__":
