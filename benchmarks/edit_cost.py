@@ -25,8 +25,8 @@ from typing import Any
 
 from .results import Section, Table, add_write
 
-CHECKS = "retrace.validation"  # the module of the checks; what starts with `check_`, and `match_batch`
-COMMAND = "retrace.standalone"  # the module whose `main` is `run.py edit`
+CHECKS = "retrace.core.checks"  # the module of the checks; what starts with `check_`, and `match_batch`
+COMMAND = "retrace.cli.main"  # the module whose `main` is `run.py edit`
 
 ROOT = Path(__file__).parents[1]
 WIDTH, HEIGHT, STEPS = 1200, 800, 50
@@ -103,7 +103,7 @@ def run_edit(folder: Path) -> tuple[Counter[str], float, float]:
 
 def blend_inside() -> Counter[str] | None:
     """Blend Step + KSampler in a process of the ComfyUI's Python; None where there is no ComfyUI."""
-    from retrace.hosts.comfyui_install import find_comfyui
+    from tools.comfyui.install import find_comfyui
 
     install = find_comfyui()
     if install is None:
