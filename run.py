@@ -145,7 +145,7 @@ def run_tests(pytest_arguments: list[str], everything: bool = False) -> int:
     """
     python, failed = sys.executable, 0
     if everything or not pytest_arguments:
-        for check in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]):
+        for check in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["tools.check_types"]):
             print(f"$ {' '.join(check)}", flush=True)
             failed |= subprocess.call([python, "-m", *check], cwd=ROOT)
     chosen = pytest_arguments or [*([] if everything else ["-m", "not slow"]), str(ROOT / "tests")]

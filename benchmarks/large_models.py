@@ -78,7 +78,8 @@ def resident() -> float:
 
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated() / 1e6
-    return psutil.Process().memory_info().rss / 1e6
+    resident_bytes: int = psutil.Process().memory_info().rss
+    return resident_bytes / 1e6
 
 
 def use_comfyui() -> None:
@@ -135,7 +136,14 @@ def build_vae(dtype: Any) -> Any:
     import torch
     from comfy.ldm.models.autoencoder import AutoencoderKL
 
-    dd = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128}
+    dd: dict[str, Any] = {
+        "double_z": True,
+        "z_channels": 4,
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 128,
+    }
     dd |= {"ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}
     with torch.inference_mode():
         network = AutoencoderKL(ddconfig=dd, embed_dim=4)

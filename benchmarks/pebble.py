@@ -79,7 +79,8 @@ def sample(host: Any, prompts: list[str], steps: int, guidance: float, start: Te
     def method(model: Any, latent: Tensor, c: Any) -> Tensor:
         return sample_ddim(model, latent, sigmas, c["positive"], c["negative"], guidance)
 
-    return host.decode_latent(host.run(x, conds, method))
+    images: Tensor = host.decode_latent(host.run(x, conds, method))
+    return images
 
 
 def vae_reconstruction(host: Any, count: int) -> Result:
@@ -167,8 +168,8 @@ def blend_edits(host: Any, count: int, settings: EditSettings | None = None) -> 
         new = [replace(s.objects[0], colour="blue", shape="square") for s in scenes]
         # The words for the whole picture, as for any model: what the mask leaves alone is named, too.
         wanted = [replace(s, objects=(o, *s.objects[1:])) for s, o in zip(scenes, new, strict=True)]
-        words = [[s.caption() for s in part] for part in (scenes, wanted)]
-        edited = edit_image(host, images, masks, *words, replace(settings, seed=number)).edited
+        before, after = ([s.caption() for s in part] for part in (scenes, wanted))
+        edited = edit_image(host, images, masks, before, after, replace(settings, seed=number)).edited
         hits += [found(i, "blue", "square", m) for i, m in zip(to_nchw(edited), masks, strict=True)]
         for image, mask in zip(to_nchw(edited), masks, strict=True):
             inside = [o for o in parse(image).objects if mask[int(o.y), int(o.x)] > 0.5]
@@ -230,7 +231,7 @@ def main() -> None:
     host = DiffusersHost.load(None)
 
     def n(name: str) -> int:
-        return max(BATCH, round(SCENES[name] * args.scale))
+        return max(BATCH, round(SCENES[name] * float(args.scale)))
 
     measurements: dict[str, Callable[[], Result]] = {
         "vae_reconstruction": lambda: vae_reconstruction(host, n("vae_reconstruction")),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..retrace.core.checks import describe
-from ..retrace.core.errors import InvalidFile, InvalidImage
+from ..retrace.core.errors import InvalidFile, InvalidImage, InvalidPoints
 from ..retrace.core.trajectory import Trajectory
-from ..retrace.drag.points import DragPoints, InvalidPoints
+from ..retrace.drag.points import DragPoints
 
 
 def require_trajectory(value: object) -> Trajectory:

@@ -8,8 +8,8 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..retrace.core.checks import check_image, describe
-from ..retrace.core.errors import InvalidImage
-from ..retrace.drag.points import EXAMPLE, DragPoints, InvalidPoints, movable_area, parse_points
+from ..retrace.core.errors import InvalidImage, InvalidPoints
+from ..retrace.drag.points import EXAMPLE, DragPoints, movable_area, parse_points
 from ._errors import reports_errors
 from ._schema import Points, schema
 
@@ -84,7 +84,7 @@ class DragPointsNode(io.ComfyNode):
                     "there are no points. In the node, press on what should move in the image, drag to where it should "
                     f"go, and run again. As text: {EXAMPLE}."
                 )
-            area = movable_area(strokes, *picture.shape[1:3], mask)
+            area = movable_area(strokes, picture.shape[1], picture.shape[2], mask)
         except InvalidPoints:
             if cls.hidden:  # without the picture nobody could place the points that are missing
                 _show(cls.hidden.unique_id, shown)

@@ -199,7 +199,7 @@ def train_decoder(
             if last or 0 < training.stop <= quality or 0 < training.patience <= waited:
                 break
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimiser.step()
         return Trained(best, step, before, after)
     finally:  # a traceback may keep this frame for long

@@ -175,4 +175,5 @@ class GuidedRun:
         down = low * share_next / share_low
         spread = math.sqrt(sigma_next**2 - down**2) / (share_next - down * share / sigma)
         norm = move.flatten(1).norm(dim=1).clamp(min=1e-12).reshape(-1, 1, 1, 1)
-        return move / norm * (self.schedule.dsg * spread * math.sqrt(move[0].numel()))
+        step: Tensor = move / norm * (self.schedule.dsg * spread * math.sqrt(move[0].numel()))
+        return step

@@ -49,7 +49,7 @@ class Augmentations:
         many = pictures.repeat(self.count - 1, 1, 1, 1)
         # kornia draws from the global state of the CPU; this puts it back.
         with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
             for transform in self._transforms(kornia):
                 many = transform(many)
         return torch.cat([pictures, many])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .errors import InvalidImage, InvalidSchedule
+from .errors import InvalidImage, InvalidSchedule, Remedy
 
 OVERSHOOT = 0.25
 """How far bicubic and Lanczos resizing may leave 0..1 (a sharp white corner on black reaches about 1.2)."""
@@ -49,11 +49,12 @@ def _finite(name: str, value: Tensor, cause: str) -> None:
         )
 
 
-def _unit_range(name: str, value: Tensor, advice: str) -> Tensor:
+def _unit_range(name: str, value: Tensor, remedy: Remedy) -> Tensor:
     low, high = value.min().item(), value.max().item()
     if low < -OVERSHOOT or high > 1 + OVERSHOOT:
         raise InvalidImage(
-            f"{name}: values from {low:.4g} to {high:.4g} arrived in {describe(value)}, but 0 to 1 is needed. {advice}"
+            f"{name}: values from {low:.4g} to {high:.4g} arrived in {describe(value)}, but 0 to 1 is needed.",
+            remedy,
         )
     return value if low >= 0 and high <= 1 else value.clamp(0, 1)
 
@@ -71,28 +72,19 @@ def check_image(name: str, image: object) -> Tensor:
     image = _tensor(name, image, needed)
     arrived = f"{name}: got {describe(image)}, but {needed} is needed."
     if image.ndim == 3:
-        raise InvalidImage(
-            f"{arrived} There are three dimensions instead of four: if this is a mask, send it through "
-            "'Convert Mask to Image'; if it is one picture, add the batch dimension (image[None])."
-        )
+        raise InvalidImage(arrived, Remedy.MASK_TO_IMAGE)
     if image.ndim != 4:
-        raise InvalidImage(f"{arrived} Connect an IMAGE output.")
+        raise InvalidImage(arrived)
     channels = image.shape[-1]
     if channels == 4:
-        raise InvalidImage(
-            f"{arrived} There is a fourth channel (RGBA): send the picture through 'Split Image with Alpha' and "
-            "connect the image output here (its mask output holds the transparency)."
-        )
+        raise InvalidImage(arrived, Remedy.DROP_ALPHA)
     if channels == 1:
-        raise InvalidImage(
-            f"{arrived} There is one channel (grey): repeat it three times (image.expand(-1, -1, -1, 3)); if this is "
-            "really a mask, send it through 'Convert Mask to Image' or connect it to a mask input."
-        )
+        raise InvalidImage(arrived, Remedy.REPEAT_GREY)
     if channels != 3:
         first = (
             " The channels seem to come first: move them last (image.movedim(1, -1))." if image.shape[1] == 3 else ""
         )
-        raise InvalidImage(f"{arrived} There are {channels} channels.{first or ' Connect an RGB picture.'}")
+        raise InvalidImage(f"{arrived} There are {channels} channels.{first}")
     if not image.is_floating_point():
         raise InvalidImage(f"{arrived} Divide 8-bit values by 255 first (image.float() / 255).")
     _not_empty(name, image, needed)
@@ -101,7 +93,7 @@ def check_image(name: str, image: object) -> Tensor:
         image,
         "Look at the step that made the picture: a VAE in half precision is the usual cause (decode in 32-bit).",
     )
-    return _unit_range(name, image, "Divide 0..255 values by 255; bring -1..1 values over with (x + 1) / 2.")
+    return _unit_range(name, image, Remedy.SCALE_IMAGE)
 
 
 def check_mask(name: str, mask: object, size: tuple[int, int] | None = None, allow_empty: bool = False) -> Tensor:
@@ -119,42 +111,34 @@ def check_mask(name: str, mask: object, size: tuple[int, int] | None = None, all
     mask = _tensor(name, mask, needed)
     arrived = f"{name}: got {describe(mask)}, but {needed} is needed."
     if mask.ndim == 2:
-        raise InvalidImage(
-            f"{arrived} The batch dimension is missing: add it (mask[None]), or make the mask with 'Load Image' or "
-            "'Convert Image to Mask'."
-        )
+        raise InvalidImage(arrived, Remedy.ADD_MASK_BATCH)
     if mask.ndim == 4:
         if mask.shape[-1] in (1, 3, 4):
-            raise InvalidImage(f"{arrived} This looks like an image: send it through 'Convert Image to Mask'.")
+            raise InvalidImage(arrived, Remedy.IMAGE_TO_MASK)
         raise InvalidImage(f"{arrived} There is a channel dimension too many: remove it (mask[:, 0]).")
     if mask.ndim != 3:
-        raise InvalidImage(f"{arrived} Connect a MASK output.")
+        raise InvalidImage(arrived)
     if mask.dtype == torch.bool:
         mask = mask.float()
     if not mask.is_floating_point():
         raise InvalidImage(f"{arrived} Divide 8-bit values by 255 first (mask.float() / 255).")
     _not_empty(name, mask, needed)
     _finite(name, mask, "Look at the step that made the mask, or draw it again.")
-    mask = _unit_range(name, mask, "Divide 0..255 values by 255, or send the mask through 'Threshold Mask'.")
+    mask = _unit_range(name, mask, Remedy.SCALE_MASK)
     empty = (mask.amax(dim=(1, 2)) <= 0).tolist()
     if size is not None and tuple(mask.shape[1:]) != tuple(size):
         # Core's Load Image answers a picture without transparency with 64x64 zeros: the size is not the real problem.
         placeholder = tuple(mask.shape[1:]) == (64, 64) and all(empty)
-        advice = (
-            "An empty 64x64 mask is what 'Load Image' gives for a picture without transparency: draw a mask on the "
-            "picture (right click, 'Open in MaskEditor') or load one with 'Load Image (as Mask)'."
-            if placeholder
-            else "Resize the mask to the picture ('Resize Image/Mask'), or make it from the picture that is edited."
-        )
         raise InvalidImage(
             f"{name}: got {describe(mask)}, i.e. {mask.shape[2]}x{mask.shape[1]} pixels (width x height), "
-            f"but {size[1]}x{size[0]} is needed. {advice}"
+            f"but {size[1]}x{size[0]} is needed.",
+            Remedy.DRAW_MASK if placeholder else Remedy.RESIZE_MASK,
         )
     if not allow_empty and any(empty):
         which = "" if mask.shape[0] == 1 else f" Number {empty.index(True) + 1} of the {mask.shape[0]} masks is empty:"
         raise InvalidImage(
-            f"{name}: got {describe(mask)} that is 0 everywhere, but a mask that selects something is needed.{which} "
-            "Paint the area to edit in white (1 = edit), or use 'Invert Mask' if it is the wrong way round."
+            f"{name}: got {describe(mask)} that is 0 everywhere, but a mask that selects something is needed.{which}",
+            Remedy.INVERT_MASK,
         )
     return mask
 
@@ -172,9 +156,9 @@ def check_latent(name: str, samples: object, channels: int | None = None) -> Ten
     if samples.ndim == 5:
         raise InvalidImage(f"{arrived} Five dimensions are a video latent: use a model and VAE for still pictures.")
     if samples.ndim != 4:
-        raise InvalidImage(f"{arrived} Connect a LATENT, for example from 'VAE Encode'.")
+        raise InvalidImage(arrived, Remedy.ENCODE_IMAGE)
     if not samples.is_floating_point():
-        raise InvalidImage(f"{arrived} Integers cannot be a latent: encode the picture with 'VAE Encode'.")
+        raise InvalidImage(f"{arrived} Integers cannot be a latent.", Remedy.ENCODE_IMAGE)
     _not_empty(name, samples, needed)
     if channels is not None and samples.shape[1] != channels:
         raise InvalidImage(
@@ -233,6 +217,6 @@ def check_same_size(name: str, image: Tensor, other_name: str, other: Tensor) ->
     if image.shape[1:3] != other.shape[1:3]:
         raise InvalidImage(
             f"{name}: got {describe(image)}, i.e. {image.shape[2]}x{image.shape[1]} pixels (width x height), but the "
-            f"{other.shape[2]}x{other.shape[1]} of {other_name} is needed. Resize one of them to the other "
-            "('Upscale Image'); a VAE cuts sizes that are no multiple of 8, so crop or resize the source first."
+            f"{other.shape[2]}x{other.shape[1]} of {other_name} is needed.",
+            Remedy.CROP_SOURCE,
         )

@@ -4,19 +4,68 @@ from __future__ import annotations
 
 import errno
 import importlib
+from enum import Enum
 from types import ModuleType
 
 
+class Remedy(Enum):
+    """What puts an error right, in the words of Python; a host may have better ones, such as the node to connect."""
+
+    ADD_MASK_BATCH = "The batch dimension is missing: add it (mask[None])."
+    CONNECT_CLIP = "Pass an image-text model, or empty the prompt."
+    CONNECT_PROMPT = "Pass one encoded prompt."
+    CROP_SOURCE = "Resize one of them. A VAE cuts sizes that are not multiples of 8, so crop the source first."
+    DRAW_MASK = "It is empty and of another size: draw a mask on the image."
+    DROP_ALPHA = "There is a fourth channel (RGBA): pass the first three."
+    ENCODE_IMAGE = "Encode the image with the VAE of this model."
+    FLIP_SIGMAS = "They ascend: turn them round (sigmas.flip(0))."
+    IMAGE_TO_MASK = "This looks like an image: take one of its channels."
+    INVERT_AGAIN = "Pass the trajectory of an inversion."
+    INVERT_MASK = "Mark the area to edit with 1, or invert the mask if it is the wrong way round."
+    JOIN_REFERENCE = "Put the reference and the edit into one batch, the reference first."
+    MASK_TO_IMAGE = "There are three dimensions instead of four: add the missing one (image[None])."
+    PLACE_POINTS = "Place at least one handle and its target."
+    RAISE_MASK = "Raise the values of the mask."
+    REPEAT_GREY = "There is one channel (grey): repeat it three times (image.expand(-1, -1, -1, 3))."
+    RESIZE_MASK = "Resize the mask to the image, or make it from the image that is edited."
+    SAVED_INVERSION = "Choose a file that an inversion was saved to."
+    SCALE_IMAGE = "Divide 0..255 values by 255; bring -1..1 values over with (x + 1) / 2."
+    SCALE_MASK = "Divide 0..255 values by 255."
+    TAKE_ONE_IMAGE = "Take one image out of the batch (image[:1])."
+    TAKE_ONE_LATENT = "Take one latent out of the batch (latent[:1])."
+
+
 class RetraceError(ValueError):
-    """Base of all errors that this library raises on purpose."""
+    """Base of all errors that this library raises on purpose.
+
+    ``what`` says what arrived and what is needed. ``remedy``, where there is one, follows it in the text of the error;
+    a host puts its own words in its place (see ``nodes/_errors.py``).
+    """
+
+    def __init__(self, what: str, remedy: Remedy | None = None) -> None:
+        super().__init__(what if remedy is None else f"{what} {remedy.value}")
+        self.what = what
+        self.remedy = remedy
 
 
 class InvalidImage(RetraceError):
     """An image, mask or latent of the wrong shape, range or type."""
 
 
-class InvalidSchedule(RetraceError):
+class InvalidSetting(RetraceError):
+    """A number or a choice that the method cannot work with."""
+
+
+class InvalidSchedule(InvalidSetting):
     """Step counts or sigmas that no sampler could follow."""
+
+
+class InvalidInput(RetraceError):
+    """Something else than what is needed: a foreign object, none at all, or one too many."""
+
+
+class InvalidPoints(RetraceError):
+    """Drag points, or brush strokes, that cannot be read or cannot be dragged."""
 
 
 class UnsupportedModel(RetraceError):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_steps
-from .errors import InvalidSchedule
+from .errors import InvalidSchedule, Remedy
 
 Timesteps = Callable[[int, int], list[int]]
 """``(T, steps)`` to ascending timesteps in ``0..T-1``."""
@@ -222,10 +222,11 @@ def check_sigmas(sigmas: object, name: str = "sigmas") -> Tensor:
         rises = []
     if rises:
         i = rises[0]
-        flip = " They ascend: use 'Flip Sigmas'." if len(rises) == len(sigmas) - 1 else ""
+        flip = Remedy.FLIP_SIGMAS if len(rises) == len(sigmas) - 1 else None
         raise InvalidSchedule(
             f"{name}: level {i + 2} ({float(sigmas[i + 1]):.4g}) is not below level {i + 1} ({float(sigmas[i]):.4g}), "
-            f"but {needed} is needed: first the most noise, last the least.{flip}"
+            f"but {needed} is needed: first the most noise, last the least.",
+            flip,
         )
     return sigmas
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .errors import TrajectoryMismatch
+from .errors import Remedy, TrajectoryMismatch
 from .host import Parametrisation
 
 
@@ -76,8 +76,9 @@ class Trajectory:
         """Raise :class:`TrajectoryMismatch` where the latents are not points of one path that a sampler could walk."""
         if self.method == "edit_friendly":
             raise TrajectoryMismatch(
-                "trajectory: it is that of an 'Edit-friendly Inverter', whose latents are not points of one path that "
-                "a sampler could walk, down or back. Connect a 'DDIM Inverter'."
+                "trajectory: it comes from an edit-friendly inversion, whose latents are not points of one path that a "
+                "sampler could walk, down or back, and such a path is needed.",
+                Remedy.INVERT_AGAIN,
             )
 
     def require_kind(self, parametrisation: Parametrisation, latent_format: str) -> None:

@@ -16,16 +16,12 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_mask, describe
-from ..core.errors import InvalidImage, RetraceError
+from ..core.errors import InvalidImage, InvalidPoints
 
 Point = tuple[float, float]
 MOST_POINTS = 100
 
 EXAMPLE = '{"points": [{"handle": [0.40, 0.50], "target": [0.60, 0.50]}]}'
-
-
-class InvalidPoints(RetraceError):
-    """Points that are not there, not numbers, or not on the picture."""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,8 @@ class Problem:
 
     def residuals(self, x: Tensor, image: Tensor) -> Tensor:
         """By how much sampling from x misses x_low, relative to x_low, ``[B]``."""
-        return (image - x).flatten(1).norm(dim=1) / self.x_low.flatten(1).norm(dim=1).clamp(min=1e-12)
+        relative: Tensor = (image - x).flatten(1).norm(dim=1) / self.x_low.flatten(1).norm(dim=1).clamp(min=1e-12)
+        return relative
 
     def solved(self, x: Tensor, image: Tensor, denoised: Tensor, iterations: int) -> Step:
         direction = (image - self.x_low) / (self.high - self.low)
@@ -90,7 +91,7 @@ class _Anderson:
         gram = (d_error @ d_error.T).cpu().double()
         right = (d_error @ self.errors[-1]).cpu().double()
         ridge = 1e-10 * gram.diagonal().sum().clamp(min=1e-300) * torch.eye(len(gram), dtype=gram.dtype)
-        weights = torch.linalg.solve(gram + ridge, right).to(d_image)
+        weights: Tensor = torch.linalg.solve(gram + ridge, right).to(d_image)
         return (image.flatten() - weights @ d_image).view_as(image)
 
 

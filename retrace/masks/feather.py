@@ -37,7 +37,9 @@ def feather(mask: Tensor, radius_px: float) -> Tensor:
     kornia = require("kornia.filters", "blur masks", "kornia")
     size = 2 * math.ceil(radius) + 1
     sigma = radius / 3
-    blurred = kornia.gaussian_blur2d(mask[:, None].float(), (size, size), (sigma, sigma), border_type="replicate")
+    blurred: Tensor = kornia.gaussian_blur2d(
+        mask[:, None].float(), (size, size), (sigma, sigma), border_type="replicate"
+    )
     return blurred[:, 0].clamp(0, 1).to(mask.dtype)
 
 

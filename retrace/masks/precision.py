@@ -139,4 +139,5 @@ def _ramp(shape: Tensor, level: int, levels: int, threshold: float, sigma_max: f
     if grid != (height, width):
         blurred = F.interpolate(blurred, size=(height, width), mode="bilinear", align_corners=False)
     # Against its own peak: a wide blur leaves little of a thin line, which would then not grow at all.
-    return (blurred[0, 0] / (2 * threshold * blurred.max())).clamp(0, 1)
+    grown: Tensor = (blurred[0, 0] / (2 * threshold * blurred.max())).clamp(0, 1)
+    return grown

@@ -75,7 +75,7 @@ def ssim_map(image: Tensor, target: Tensor) -> Tensor:
         )
     kornia = require("kornia.metrics", "measure SSIM", "kornia")
     # eps 0: the constants already keep the denominator away from 0, and identical pictures get exactly 1.
-    values = kornia.ssim(image.movedim(-1, 1), target.movedim(-1, 1), SSIM_WINDOW, max_val=1.0, eps=0.0)
+    values: Tensor = kornia.ssim(image.movedim(-1, 1), target.movedim(-1, 1), SSIM_WINDOW, max_val=1.0, eps=0.0)
     return values.mean(dim=1)
 
 

@@ -126,7 +126,8 @@ def attention_maps(q: Tensor, k: Tensor) -> Tensor:
 
     The products of SD2.x do not fit into fp16.
     """
-    return ((q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)).softmax(-1)
+    scale: float = q.shape[-1] ** -0.5
+    return ((q.float() * scale) @ k.float().transpose(-1, -2)).softmax(-1)
 
 
 @dataclass

@@ -47,4 +47,5 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     for _ in range(5):
         gram = x @ x.T
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return (x.T if tall else x).to(matrix)
+    orthogonal: Tensor = (x.T if tall else x).to(matrix)
+    return orthogonal

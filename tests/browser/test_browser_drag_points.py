@@ -12,7 +12,8 @@ import torch
 from drag_points_person import ANOTHER_SOURCE, BUILD, HEIGHT, NODES, READY, WIDTH, Person, pixel, run_graph
 from PIL import Image, ImageDraw
 
-from retrace.drag.points import InvalidPoints, movable_area, parse_points
+from retrace.core.errors import InvalidPoints
+from retrace.drag.points import movable_area, parse_points
 from tools.comfyui.server import ComfyServer
 
 BAR = 32  # the width of the mask, in pixels

@@ -91,7 +91,7 @@ except comfy.model_management.InterruptProcessingException:
 def test_a_program_that_calls_drag_points_itself_gets_its_error(inside: Run) -> None:
     out = inside("""
 from pack.nodes.drag_points import DragPointsNode
-from pack.retrace.drag.points import InvalidPoints
+from pack.retrace.core.errors import InvalidPoints
 
 try:
     DragPointsNode.execute(torch.zeros(1, 8, 8, 3), "")

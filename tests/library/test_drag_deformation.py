@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrace.drag.points import InvalidPoints
+from retrace.core.errors import InvalidPoints
 from retrace.drag.warp.deformation import MOST_STEPS, Deformation, Mode
 from retrace.drag.warp.field import displacement, sample
 

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retrace.core.errors import InvalidImage, InvalidSchedule, RetraceError, UnsupportedModel
+from retrace.core.errors import InvalidImage, InvalidPoints, InvalidSchedule, RetraceError, UnsupportedModel
 from retrace.core.host import Parametrisation
 from retrace.drag.latent.edit import DragSettings, drag_points, movable
 from retrace.drag.latent.gooddrag import GoodDragOptions, levels_of
 from retrace.drag.latent.optimise import Dragged, DragOptions
 from retrace.drag.latent.task import Changes, DragTask, Trace
-from retrace.drag.points import DragPoints, InvalidPoints, PointPair
+from retrace.drag.points import DragPoints, PointPair
 
 SIGMAS = torch.tensor([4.0, 3.0, 2.5, 2.0, 1.5, 1.0, 0.7, 0.4, 0.2, 0.0])
 

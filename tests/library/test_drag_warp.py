@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrace.core.errors import InvalidImage, InvalidSchedule
-from retrace.drag.points import DragPoints, InvalidPoints, PointPair
+from retrace.core.errors import InvalidImage, InvalidPoints, InvalidSchedule
+from retrace.drag.points import DragPoints, PointPair
 from retrace.drag.warp.apply import Warped, warp_by_points
 from retrace.drag.warp.deformation import Mode
 from retrace.drag.warp.field import sample

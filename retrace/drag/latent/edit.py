@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.checks import check_mask, describe
-from ...core.errors import InvalidImage, RetraceError, is_out_of_memory
+from ...core.errors import InvalidImage, InvalidPoints, RetraceError, is_out_of_memory
 from ...core.host import Conditioning, Denoiser, variance_scale
 from ...inversion.invert import Method, invert
 from ...masks import latent_mask
-from ..points import DragPoints, InvalidPoints
+from ..points import DragPoints
 from .gooddrag import GoodDragOptions, good_drag, levels_of
 from .optimise import Dragged, DragOptions, drag
 from .task import Callback, DragTask, check_single, choose_block

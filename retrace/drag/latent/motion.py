@@ -114,4 +114,5 @@ def track(grid: FeatureGrid, templates: Tensor, handles: Tensor, radius: int) ->
 
 def arrived(handles: Tensor, targets: Tensor, stop_radius: float) -> Tensor:
     """Which points ``[P]`` are nearer than ``stop_radius`` to their targets."""
-    return (targets - handles).norm(dim=1) < stop_radius
+    near: Tensor = (targets - handles).norm(dim=1) < stop_radius
+    return near

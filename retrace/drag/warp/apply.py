@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ...blending.fill import fill_smoothly
 from ...core.checks import check_image, check_mask
-from ...core.errors import InvalidImage, InvalidSchedule
+from ...core.errors import InvalidImage, InvalidPoints, InvalidSchedule
 from ...masks.regions import connected_parts, distance_to, part_of_each, within
-from ..points import DragPoints, InvalidPoints
+from ..points import DragPoints
 from .deformation import Deformation, Mode
 from .field import displacement, reached_window, sample
 

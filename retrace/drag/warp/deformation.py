@@ -26,7 +26,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..points import InvalidPoints, Point
+from ...core.errors import InvalidPoints
+from ..points import Point
 
 Mode = Literal["rigid", "scale", "stretch"]
 

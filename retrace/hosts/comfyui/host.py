@@ -200,7 +200,7 @@ class _Scaled(nn.Module):
         return self.decoder(self.rescaled(latent))  # type: ignore[no-any-return]
 
 
-class _MethodSampler(comfy.samplers.Sampler):  # type: ignore[misc]
+class _MethodSampler(comfy.samplers.Sampler):
     """A "sampler" that lets a method drive the model, so that core does everything around it."""
 
     def __init__(self, host: ComfyHost, latent: Tensor, method: Callable[..., Any], gradients: bool) -> None:

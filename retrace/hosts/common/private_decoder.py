@@ -63,10 +63,10 @@ def private_decoder(
         prepared(copied)
         for block in copied.modules():
             if type(block).__name__ in _BLOCKS:
-                block.forward = functools.partial(  # type: ignore[method-assign]
+                block.forward = functools.partial(
                     checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
                 )
-    copied.decoder.requires_grad_(True)  # type: ignore[operator, union-attr]
+    copied.decoder.requires_grad_(True)
     try:
         yield PrivateDecoder(copied, decode)
     finally:  # whoever still holds the module, as a traceback may, holds no weights

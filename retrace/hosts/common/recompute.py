@@ -25,12 +25,12 @@ def recomputed(network: nn.Module | None) -> Iterator[None]:
     before = [vars(block).get("forward") for block in blocks]
     try:
         for block in blocks:
-            block.forward = partial(_forward, block.forward)  # type: ignore[method-assign]
+            block.forward = partial(_forward, block.forward)
         yield
     finally:
         for block, own in zip(blocks, before, strict=True):
             if own is not None:
-                block.forward = own  # type: ignore[method-assign]
+                block.forward = own
             else:
                 vars(block).pop("forward", None)
 

@@ -64,7 +64,8 @@ class _Processor:
         )
         out = self.hook(call, q, k, v)
         out = out.transpose(1, 2).flatten(2).to(hidden_states.dtype)
-        return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
+        projected: Tensor = attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
+        return projected
 
 
 @dataclass(frozen=True)

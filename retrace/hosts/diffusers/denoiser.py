@@ -98,7 +98,7 @@ class UNetDenoiser:
             # SDXL (Podell et al. 2023, section 2.2): original size, crop offset, target size.
             ids = torch.tensor([*pixels, 0, 0, *pixels], dtype=embedding.dtype, device=x.device).expand(len(many), -1)
             added = {"text_embeds": pooled.to(self._unet.dtype), "time_ids": ids}
-        output = self._unet(
+        output: Tensor = self._unet(
             (many / scale).to(self._unet.dtype),
             self._schedule.timestep(level.cpu()).to(x.device).repeat(count),
             encoder_hidden_states=embedding.to(self._unet.dtype),

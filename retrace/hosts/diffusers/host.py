@@ -98,7 +98,8 @@ class DiffusersHost:
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        device: torch.device = self.unet.device
+        return device
 
     def training_sigmas(self) -> Tensor:
         """Noise levels of the training timesteps, ascending ``[T]``."""

@@ -72,7 +72,8 @@ class ImageTextModel:
     @property
     def device(self) -> torch.device:
         """Where the weights are, and where everything is computed."""
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @property
     def bytes(self) -> int:

@@ -25,7 +25,7 @@ def build(text_encoder: dict[str, Tensor]) -> nn.Module:
     """New weights, but for the text tower: ``text_encoder`` as it ships, locked (Zhai et al. 2022, LiT)."""
     import open_clip
 
-    model = open_clip.CLIP(**architecture.CLIP)
+    model: nn.Module = open_clip.CLIP(**architecture.CLIP)
     model.load_state_dict({k: v.float() for k, v in text_tower(text_encoder).items()}, strict=False)
     for name, p in model.named_parameters():
         p.requires_grad_(not name.startswith(LOCKED))

@@ -38,7 +38,7 @@ def known_tokens() -> Tensor:
     import open_clip
 
     words = [*COLOURS, *SHAPES, *GROUNDS, *TEXTURES, *RADII, "a", "an", "and", "on"]
-    ids = open_clip.get_tokenizer("ViT-B-32")([w for w in words if w]).unique()
+    ids: Tensor = open_clip.get_tokenizer("ViT-B-32")([w for w in words if w]).unique()
     return ids[ids > 0]  # 0 is open_clip's padding
 
 

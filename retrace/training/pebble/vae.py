@@ -55,7 +55,8 @@ def train(folder: Path, seconds: float, pool: ScenePool) -> Stage:
         noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
         y = run.model.decode(posterior.mean + posterior.std * noise).sample.float()
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).float().mean()
-        return F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + KL_WEIGHT * kl
+        total: Tensor = F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + KL_WEIGHT * kl
+        return total
 
     run.run(loss)
     return run

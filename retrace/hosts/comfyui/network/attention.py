@@ -137,7 +137,8 @@ class _Replacement:
 
 def _split(tensor: Tensor, heads: int) -> Tensor:
     """``[rows, N, heads * dim]`` as ``[rows, heads, N, dim]``."""
-    return tensor.unflatten(2, (heads, -1)).transpose(1, 2)
+    split: Tensor = tensor.unflatten(2, (heads, -1)).transpose(1, 2)
+    return split
 
 
 def _join(tensor: Tensor) -> Tensor:

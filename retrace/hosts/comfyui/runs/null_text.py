@@ -212,7 +212,7 @@ class StepOf:
     images: int
 
 
-class ScheduleGuard(comfy.hooks.TransformerOptionsHook):  # type: ignore[misc]
+class ScheduleGuard(comfy.hooks.TransformerOptionsHook):
     """Comes with the conditions and refuses to evaluate them where they were not made for.
 
     It adds a wrapper to the run and does not register itself. Core then drops it from the conditions, which therefore
