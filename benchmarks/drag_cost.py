@@ -35,11 +35,11 @@ def main() -> None:
     from retrace.drag.points import DragPoints, PointPair
     from retrace.hosts.comfyui import ComfyHost
     from retrace.hosts.comfyui.patches.reference_kv import patch_reference_kv
-    from retrace.hosts.comfyui.prompts import encode_prompts
+    from retrace.hosts.comfyui.prompts import TokenisedPrompts
     from retrace.hosts.comfyui.runs.identity_lora import train_lora
 
     model, text = build(args.model, getattr(torch, args.dtype))
-    words = encode_prompts(text, ["a photo of a beach"])
+    words = TokenisedPrompts(text, ["a photo of a beach"]).encode()
     host, cells = ComfyHost(model), args.size // 8
     picture = torch.randn(1, 4, cells, cells, generator=torch.Generator().manual_seed(0))
     points = DragPoints((PointPair((0.3, 0.5), (0.7, 0.5)),), torch.zeros(1, args.size, args.size, 3))

@@ -31,15 +31,15 @@ def main() -> None:
     from retrace import prompt_to_prompt as p2p
     from retrace.hosts.comfyui import ComfyHost
     from retrace.hosts.comfyui.patches.prompt_to_prompt import patch_direct_inversion, patch_prompt_to_prompt
-    from retrace.hosts.comfyui.prompts import encode_prompts, read_prompts
+    from retrace.hosts.comfyui.prompts import TokenisedPrompts
     from retrace.hosts.comfyui.runs.edit_friendly import prepare_edit_friendly
     from retrace.hosts.comfyui.runs.inversion import invert_latent
     from retrace.hosts.comfyui.runs.null_text import optimise
 
     model, clip = build(args.model, getattr(torch, args.dtype))
     host = ComfyHost(model, clip)
-    source, both, empty = (encode_prompts(clip, texts) for texts in (TEXTS[:1], TEXTS, [""]))
-    prompts = read_prompts(clip, TEXTS)
+    source, both, empty = (TokenisedPrompts(clip, texts).encode() for texts in (TEXTS[:1], TEXTS, [""]))
+    prompts = TokenisedPrompts(clip, TEXTS).read()
     blend = p2p.local_blend(prompts, ["car"])
     edit = p2p.plan(prompts[0], prompts[1:], cross_replace=(0.0, 0.8), self_replace=(0.0, 0.4), blend=blend)
     cells = args.size // 8

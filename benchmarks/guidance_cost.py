@@ -45,12 +45,12 @@ def main() -> None:
 
     from retrace.clip_guidance import Augmentations, ClipGuidance, Schedule
     from retrace.hosts.comfyui.patches.clip_guidance import patch_clip_guidance
-    from retrace.hosts.comfyui.prompts import encode_prompts
+    from retrace.hosts.comfyui.prompts import TokenisedPrompts
 
     dtype = getattr(torch, args.dtype)
     model, text = build(args.model, dtype)
     clip, vae = image_text(), build_vae(dtype)
-    positive, negative = (encode_prompts(text, [words]) for words in ("a photo of a beach", ""))
+    positive, negative = (TokenisedPrompts(text, [words]).encode() for words in ("a photo of a beach", ""))
     cells = args.size // 8
     noise = torch.randn(1, 4, cells, cells, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(1, args.size, args.size)

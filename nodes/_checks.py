@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from ..retrace.core.checks import describe
-from ..retrace.core.errors import InvalidFile, InvalidImage, InvalidPoints
+from ..retrace.core.errors import InvalidImage, InvalidInput, InvalidPoints, Remedy
 from ..retrace.core.trajectory import Trajectory
 from ..retrace.drag.points import DragPoints
 
 
 def require_trajectory(value: object) -> Trajectory:
-    """The trajectory on a RETRACE_TRAJECTORY socket; raises InvalidFile for anything else."""
+    """The trajectory on a RETRACE_TRAJECTORY socket; raises InvalidInput for anything else."""
     if not isinstance(value, Trajectory):
-        raise InvalidFile(f"trajectory: got {describe(value)}, but an inversion is needed. Connect 'DDIM Inverter'.")
+        raise InvalidInput(f"trajectory: got {describe(value)}, but an inversion is needed.", Remedy.INVERT_AGAIN)
     return value
 
 

@@ -31,7 +31,7 @@ WIRES = {
     Remedy.ENCODE_IMAGE: "Connect a LATENT: encode the image with 'VAE Encode' and the VAE of this model.",
     Remedy.FLIP_SIGMAS: "They ascend: use 'Flip Sigmas'.",
     Remedy.IMAGE_TO_MASK: "This looks like an image: send it through 'Convert Image to Mask'.",
-    Remedy.INVERT_AGAIN: "Connect a 'DDIM Inverter'.",
+    Remedy.INVERT_AGAIN: "Connect 'DDIM Inverter'.",
     Remedy.INVERT_MASK: "Paint the area to edit in white (1 = edit), or use 'Invert Mask' if it is the wrong way "
     "round.",
     Remedy.JOIN_REFERENCE: "Connect the LATENT of 'Drag Latent Optimizer', or join the latents of the two images with "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from comfy_api.latest import io, ui
 
@@ -10,6 +10,9 @@ from ..retrace.core.prompt import parse_words
 from ._checks import require_trajectory
 from ._errors import reports_errors
 from ._schema import Trajectory, schema
+
+if TYPE_CHECKING:
+    from ..retrace.hosts.comfyui.types import Clip, Model
 
 
 class AttentionMask(io.ComfyNode):
@@ -68,12 +71,12 @@ class AttentionMask(io.ComfyNode):
     @classmethod
     @reports_errors("Attention Mask")
     def execute(
-        cls, model: Any, clip: Any, trajectory: Any, prompt: str, words: str, threshold: float, levels: int
+        cls, model: Model, clip: Clip, trajectory: object, prompt: str, words: str, threshold: float, levels: int
     ) -> io.NodeOutput:
         from ..retrace.hosts.comfyui import ComfyHost
         from ..retrace.hosts.comfyui.runs.word_masks import find_words
 
-        require_trajectory(trajectory)
-        found = find_words(ComfyHost(model, clip), trajectory, prompt, parse_words(words), threshold, levels)
+        path = require_trajectory(trajectory)
+        found = find_words(ComfyHost(model, clip), path, prompt, parse_words(words), threshold, levels)
         report = found.report()
-        return io.NodeOutput(found.mask, found.pictures, report, ui=ui.PreviewText(report))
+        return io.NodeOutput(found.mask, found.images, report, ui=ui.PreviewText(report))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from comfy_api.latest import io, ui
 
 from ..retrace.core.checks import check_latent
-from ..retrace.core.schedule import check_sigmas
-from ..retrace.inversion.edit_friendly import without_first_steps
+from ..retrace.inversion.edit_friendly import EditFriendlySettings, without_first_steps
 from ._checks import latent_samples
 from ._errors import reports_errors
 from ._memory import PeakMemory
 from ._schema import Trajectory, advanced, scheduler_input, schema, seed_input, sigmas_input
+
+if TYPE_CHECKING:
+    from ..retrace.hosts.comfyui.types import ConditioningList, Latent, Model
 
 
 class EditFriendlyInverter(io.ComfyNode):
@@ -98,10 +100,10 @@ class EditFriendlyInverter(io.ComfyNode):
     @reports_errors("Edit-friendly Inverter")
     def execute(
         cls,
-        model: Any,
-        positive: Any,
-        negative: Any,
-        latent: dict[str, Any],
+        model: Model,
+        positive: ConditioningList,
+        negative: ConditioningList,
+        latent: Latent,
         steps: int,
         scheduler: str,
         source_cfg: float,
@@ -111,28 +113,21 @@ class EditFriendlyInverter(io.ComfyNode):
         sigmas: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         from ..retrace.hosts.comfyui import ComfyHost
-        from ..retrace.hosts.comfyui.runs.edit_friendly import prepare_edit_friendly
+        from ..retrace.hosts.comfyui.latents import noise_samples
+        from ..retrace.hosts.comfyui.runs.edit_friendly import noise_sampler, prepare_edit_friendly
 
         host = ComfyHost(model)
         samples = check_latent("latent", latent_samples(latent), host.latent_channels)
-        levels = host.sigmas(scheduler, steps) if sigmas is None else check_sigmas(sigmas)
+        levels = without_first_steps(host.sigmas(scheduler, steps) if sigmas is None else sigmas, skip)
         memory = PeakMemory()
-        prepared = prepare_edit_friendly(
-            host,
-            samples,
-            without_first_steps(levels, skip),
-            positive,
-            negative,
-            source_cfg,
-            seed=seed,
-            batch=batch,
-        )
-        report = prepared.report(memory.megabytes())
+        settings = EditFriendlySettings(source_cfg, seed, batch)
+        found = prepare_edit_friendly(host, samples, levels, positive, negative, settings)
+        report = found.text(memory.megabytes())
         return io.NodeOutput(
-            {"samples": prepared.latent},
-            prepared.found.trajectory,
-            prepared.found.trajectory.sigmas.clone(),  # core's uni_pc writes into the sigmas that it is given
-            prepared.sampler(),
+            {"samples": noise_samples(host, found.trajectory)},
+            found.trajectory,
+            found.trajectory.sigmas.clone(),  # core's uni_pc writes into the sigmas that it is given
+            noise_sampler(found),
             report,
             ui=ui.PreviewText(report),
         )

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import comfy.samplers
 import torch
 from comfy_api.latest import io, ui
 
 from ..retrace.core.checks import check_latent
-from ..retrace.core.sampling import require_deterministic
 from ..retrace.core.schedule import check_sigmas
-from ..retrace.inversion.invert import METHODS
+from ..retrace.inversion.invert import METHODS, InversionSettings, Method
 from ._checks import latent_samples
 from ._errors import reports_errors
 from ._memory import PeakMemory
 from ._schema import Trajectory, advanced, scheduler_input, schema, sigmas_input
+
+if TYPE_CHECKING:
+    from ..retrace.hosts.comfyui.types import ConditioningList, Latent, Model, Vae
 
 
 class DDIMInverter(io.ComfyNode):
@@ -107,40 +109,34 @@ class DDIMInverter(io.ComfyNode):
     @reports_errors("DDIM Inverter")
     def execute(
         cls,
-        model: Any,
-        positive: Any,
-        latent: dict[str, Any],
+        model: Model,
+        positive: ConditioningList,
+        latent: Latent,
         steps: int,
         scheduler: str,
-        method: str,
+        method: Method,
         tolerance: float,
         max_iterations: int,
         verify: bool,
         sigmas: torch.Tensor | None = None,
-        vae: Any = None,
+        vae: Vae = None,
         sampler_name: str = "euler",
     ) -> io.NodeOutput:
         from ..retrace.hosts.comfyui import ComfyHost
+        from ..retrace.hosts.comfyui.latents import noise_samples
         from ..retrace.hosts.comfyui.runs.inversion import invert_latent
+        from ..retrace.hosts.comfyui.sampling import require_deterministic
 
         require_deterministic(sampler_name)
         host = ComfyHost(model, vae=vae)
         samples = check_latent("latent", latent_samples(latent), host.latent_channels)
         levels = host.sigmas(scheduler, steps) if sigmas is None else check_sigmas(sigmas)
         memory = PeakMemory()
-        inverted = invert_latent(
-            host,
-            samples,
-            levels,
-            positive,
-            method,
-            tolerance=tolerance or None,
-            max_iterations=max_iterations or None,
-            verify=verify,
-        )
-        report = inverted.report(memory.megabytes())
+        settings = InversionSettings(method, tolerance or None, max_iterations or None)
+        inverted = invert_latent(host, samples, levels, positive, settings, verify)
+        report = inverted.text(memory.megabytes())
         return io.NodeOutput(
-            {"samples": inverted.noise},
+            {"samples": noise_samples(host, inverted.trajectory)},
             inverted.trajectory,
             inverted.trajectory.sigmas.clone(),  # core's uni_pc writes into the sigmas that it is given
             report,

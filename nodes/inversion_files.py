@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import folder_paths
 from comfy_api.latest import io, ui
 
 from ..retrace.core.errors import InvalidFile
-from ..retrace.core.trajectory import Trajectory as TrajectoryData
 from ..retrace.inversion.files import SUFFIX, load_with_extra, safe_name, save_trajectory
 from ._checks import require_trajectory
 from ._errors import reports_errors
@@ -18,6 +17,9 @@ from ._schema import Trajectory, schema
 _NEGATIVE = "negative."  # in front of what is kept of an optimised negative
 
 _FOLDERS = {"output": folder_paths.get_output_directory, "input": folder_paths.get_input_directory}
+
+if TYPE_CHECKING:
+    from ..retrace.hosts.comfyui.types import Model
 
 
 class SaveInversion(io.ComfyNode):
@@ -53,10 +55,10 @@ class SaveInversion(io.ComfyNode):
 
     @classmethod
     @reports_errors("Save Inversion")
-    def execute(cls, trajectory: TrajectoryData, name: str, overwrite: bool, negative: Any = None) -> io.NodeOutput:
+    def execute(cls, trajectory: object, name: str, overwrite: bool, negative: object = None) -> io.NodeOutput:
         from ..retrace.hosts.comfyui.runs.null_text import to_tensors
 
-        require_trajectory(trajectory)
+        path_to_noise = require_trajectory(trajectory)
         extra = {} if negative is None else {_NEGATIVE + k: v for k, v in to_tensors(negative).items()}
         path = Path(_FOLDERS["output"]()) / safe_name(name)
         if not overwrite:
@@ -64,7 +66,7 @@ class SaveInversion(io.ComfyNode):
             while path.exists():
                 path = path.with_name(f"{stem}_{number}{SUFFIX}")
                 number += 1
-        save_trajectory(trajectory, path, extra)
+        save_trajectory(path_to_noise, path, extra)
         return io.NodeOutput(path.name, ui=ui.PreviewText(path.name))
 
 
@@ -121,7 +123,7 @@ class LoadInversion(io.ComfyNode):
 
     @classmethod
     @reports_errors("Load Inversion")
-    def execute(cls, name: str, folder: str, model: Any = None) -> io.NodeOutput:
+    def execute(cls, name: str, folder: str, model: Model = None) -> io.NodeOutput:
         place = Path(_FOLDERS[folder]())
         path = place / safe_name(name)
         if not path.is_file():
@@ -134,7 +136,7 @@ class LoadInversion(io.ComfyNode):
             blocked = _blocked("the noise (LATENT) and the negative need the model that made them. Connect it here.")
             return io.NodeOutput(blocked, trajectory, sigmas, blocked)
         from ..retrace.hosts.comfyui import ComfyHost
-        from ..retrace.hosts.comfyui.runs.inversion import noise_samples
+        from ..retrace.hosts.comfyui.latents import noise_samples
         from ..retrace.hosts.comfyui.runs.null_text import from_tensors
 
         host = ComfyHost(model)

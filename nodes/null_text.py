@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
 
-from ..retrace.inversion.null_text.optimise import MODES
+from ..retrace.inversion.null_text.settings import MODES, Mode, NullTextSettings
 from ._checks import require_trajectory
 from ._errors import reports_errors
 from ._memory import PeakMemory
 from ._progress import progress_text
 from ._schema import Trajectory, advanced, schema, seed_input
+
+if TYPE_CHECKING:
+    from ..retrace.hosts.comfyui.types import ConditioningList, Model
+    from ..retrace.inversion.null_text.optimise import Callback, NullTextStep
 
 
 class NullTextOptimizer(io.ComfyNode):
@@ -113,12 +117,12 @@ class NullTextOptimizer(io.ComfyNode):
     @reports_errors("Null-text Optimizer")
     def execute(
         cls,
-        model: Any,
-        positive: Any,
-        negative: Any,
-        trajectory: Any,
+        model: Model,
+        positive: ConditioningList,
+        negative: ConditioningList,
+        trajectory: object,
         cfg: float,
-        mode: str,
+        mode: Mode,
         inner_steps: int,
         learning_rate: float,
         early_stop: float,
@@ -129,25 +133,26 @@ class NullTextOptimizer(io.ComfyNode):
         from ..retrace.hosts.comfyui import ComfyHost
         from ..retrace.hosts.comfyui.runs.null_text import optimise
 
-        require_trajectory(trajectory)
         host = ComfyHost(model)
         memory = PeakMemory()
-        optimised = optimise(
-            host,
-            trajectory,
-            positive,
-            negative,
-            cfg,
+        settings = NullTextSettings(
+            scale=cfg,
             mode=mode,
-            parity=parity,
-            inner_steps=inner_steps,
+            iterations=inner_steps,
             learning_rate=learning_rate,
             early_stop=early_stop,
             seed=seed,
             start="cond" if start == "positive" else "uncond",
+        )
+        optimised = optimise(
+            host,
+            require_trajectory(trajectory),
+            positive,
+            negative,
+            settings.reference() if parity else settings,
             callback=_progress(cls.hidden),
         )
-        report = optimised.report(memory.megabytes())
+        report = optimised.result.text(memory.megabytes())
         return io.NodeOutput(
             optimised.negative,
             optimised.positive,
@@ -157,11 +162,14 @@ class NullTextOptimizer(io.ComfyNode):
         )
 
 
-def _progress(hidden: Any) -> Any:
+def _progress(hidden: Any) -> Callback:
     """Shows on the node how each step went, while it runs."""
     write = progress_text(hidden)
 
-    def show(step: int, total: int, iterations: int, loss: float, psnr: float) -> None:
-        write(f"step {step} of {total}: {iterations} iterations, loss {loss:.1e}, {psnr:.1f} dB from the path")
+    def show(done: NullTextStep) -> None:
+        write(
+            f"step {done.step} of {done.total}: {done.iterations} iterations, loss {done.loss:.1e}, "
+            f"{done.psnr:.1f} dB from the path"
+        )
 
     return show

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
+from torch import Tensor
 
 from ..retrace import prompt_to_prompt as p2p
 from ..retrace.core.checks import check_latent
-from ..retrace.core.errors import InvalidImage
-from ..retrace.prompt_to_prompt.proximal import KINDS, Proximal
+from ..retrace.core.errors import InvalidImage, Remedy
+from ..retrace.core.prompt import parse_values, parse_word_lists
+from ..retrace.pictures.token_map import token_pictures
+from ..retrace.prompt_to_prompt.proximal import KINDS, Kind, Proximal
 from ._checks import latent_samples, require_trajectory
 from ._errors import reports_errors
 from ._schema import Trajectory, advanced, schema
@@ -17,6 +20,10 @@ from ._schema import Trajectory, advanced, schema
 
 def _share(name: str, default: float, tooltip: str, **more: Any) -> Any:
     return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.05, round=0.001, tooltip=tooltip, **more)
+
+
+if TYPE_CHECKING:
+    from ..retrace.hosts.comfyui.types import Clip, Latent, Model
 
 
 class PromptToPromptNode(io.ComfyNode):
@@ -125,12 +132,12 @@ class PromptToPromptNode(io.ComfyNode):
     @reports_errors("Prompt-to-Prompt")
     def execute(
         cls,
-        model: Any,
-        clip: Any,
-        latent: dict[str, Any],
+        model: Model,
+        clip: Clip,
+        latent: Latent,
         source: str,
         targets: str,
-        mode: str,
+        mode: p2p.Mode,
         cross_replace: float,
         self_replace: float,
         word_weights: str,
@@ -141,45 +148,48 @@ class PromptToPromptNode(io.ComfyNode):
         word_windows: str,
         self_limit: int,
         parity: bool,
+        cross_start: float = 0.0,
+        self_start: float = 0.0,
+        keep_threshold: float = -1.0,
     ) -> io.NodeOutput:
-        from ..retrace.hosts.comfyui.patches.prompt_to_prompt import patch_prompt_to_prompt
-        from ..retrace.hosts.comfyui.prompts import encode_prompts, read_prompts
+        from ..retrace.hosts.comfyui.patches.prompt_to_prompt import edit_by_words
 
         samples = check_latent("latent", latent_samples(latent, "DDIM Inverter"))
         if samples.shape[0] != 1:
             raise InvalidImage(
-                f"latent: got a batch of {samples.shape[0]}, but one latent is needed: every prompt starts from it. "
-                "Pick one with 'Latent From Batch'."
+                f"latent: got a batch of {samples.shape[0]}, but one latent is needed: every prompt starts from it.",
+                Remedy.TAKE_ONE_LATENT,
             )
         texts = [source, *(line for line in targets.splitlines() if line.strip())]
-        prompts = read_prompts(clip, texts)
-        windows = p2p.parse_values("word_windows", word_windows)
-        edit = p2p.plan(
-            prompts[0],
-            prompts[1:],
+        settings = p2p.PlanSettings(
             mode=mode,
-            cross_replace=(0.0, cross_replace),
-            word_windows={word: (0.0, end) for word, end in windows.items()},
-            self_replace=(0.0, self_replace),
+            cross_replace=(min(cross_start, cross_replace), cross_replace),
+            self_replace=(min(self_start, self_replace), self_replace),
             self_limit=self_limit,
-            weights=p2p.parse_values("word_weights", word_weights),
-            blend=p2p.local_blend(
-                prompts, p2p.parse_words(blend_words), p2p.parse_words(keep_words), blend_threshold, blend_start
-            ),
-            parity=parity,
+            word_windows={word: (0.0, end) for word, end in parse_values("word_windows", word_windows).items()},
+            weights=parse_values("word_weights", word_weights),
+            align=p2p.reference_token_map if parity else p2p.token_map,
         )
-        report = p2p.describe_edit(edit)
+        blend = p2p.BlendWords(
+            words=parse_word_lists(blend_words),
+            keep=parse_word_lists(keep_words),
+            threshold=blend_threshold,
+            keep_threshold=None if keep_threshold < 0 else keep_threshold,
+            start=blend_start,
+        )
+        prepared = edit_by_words(model, clip, texts, settings, blend)
+        report = p2p.describe_edit(prepared.edit)
         return io.NodeOutput(
-            patch_prompt_to_prompt(model, edit),
-            encode_prompts(clip, texts),
+            prepared.model,
+            prepared.positive,
             _repeated(latent, samples, len(texts)),
             report,
-            p2p.token_pictures(edit),
+            token_pictures(prepared.edit),
             ui=ui.PreviewText(report),
         )
 
 
-def _repeated(latent: dict[str, Any], samples: Any, count: int) -> dict[str, Any]:
+def _repeated(latent: Latent, samples: Tensor, count: int) -> Latent:
     """The LATENT once for each prompt. What else it holds stays, so that core draws the noise of the same image."""
     batch = {**latent, "samples": samples.repeat(count, 1, 1, 1)}
     if "batch_index" in latent:
@@ -213,11 +223,10 @@ class DirectInversion(io.ComfyNode):
 
     @classmethod
     @reports_errors("Direct Inversion")
-    def execute(cls, model: Any, trajectory: Any) -> io.NodeOutput:
-        from ..retrace.hosts.comfyui.patches.prompt_to_prompt import patch_direct_inversion
+    def execute(cls, model: Model, trajectory: object) -> io.NodeOutput:
+        from ..retrace.hosts.comfyui.patches.direct_inversion import patch_direct_inversion
 
-        require_trajectory(trajectory)
-        return io.NodeOutput(patch_direct_inversion(model, trajectory))
+        return io.NodeOutput(patch_direct_inversion(model, require_trajectory(trajectory)))
 
 
 class ProximalGuidance(io.ComfyNode):
@@ -257,7 +266,7 @@ class ProximalGuidance(io.ComfyNode):
 
     @classmethod
     @reports_errors("Proximal Guidance")
-    def execute(cls, model: Any, quantile: float, kind: str) -> io.NodeOutput:
+    def execute(cls, model: Model, quantile: float, kind: Kind) -> io.NodeOutput:
         from ..retrace.hosts.comfyui.patches.proximal import patch_proximal
 
         return io.NodeOutput(patch_proximal(model, Proximal(quantile, kind)))

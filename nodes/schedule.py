@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
 from ..retrace.core.schedule import GRIDS, reference_sigmas
 from ._errors import reports_errors
 from ._schema import advanced, schema
+
+if TYPE_CHECKING:
+    from ..retrace.hosts.comfyui.types import Model
 
 
 class ReferenceSchedule(io.ComfyNode):
@@ -46,7 +49,7 @@ class ReferenceSchedule(io.ComfyNode):
 
     @classmethod
     @reports_errors("Reference Schedule")
-    def execute(cls, model: Any, grid: str, steps: int, parity: bool) -> io.NodeOutput:
+    def execute(cls, model: Model, grid: str, steps: int, parity: bool) -> io.NodeOutput:
         from ..retrace.hosts.comfyui import ComfyHost
 
         return io.NodeOutput(reference_sigmas(grid, ComfyHost(model).training_sigmas(), steps, parity))

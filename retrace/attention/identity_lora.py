@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core.checks import check_latent, check_steps
 from ..core.errors import InvalidSchedule, RetraceError, is_out_of_memory
-from ..core.host import Conditioning, Denoiser, LowRank, Parametrisation, add_noise
+from ..core.host import AdapterDenoiser, Conditioning, LowRank, Parametrisation, add_noise
 
 PROBES = 8  # fixed noise levels at which the result is compared with the model as it was
 _SMALLEST_SCALE = 2.0**-30  # of a loss whose gradients still overflow: then the network itself is at fault
@@ -79,7 +79,7 @@ class IdentityLora:
 
 
 def train(
-    model: Denoiser,
+    model: AdapterDenoiser,
     x0: Tensor,
     cond: Conditioning,
     sigmas: Tensor,
@@ -183,7 +183,7 @@ class _Task:
 
     def __init__(
         self,
-        model: Denoiser,
+        model: AdapterDenoiser,
         x0: Tensor,
         cond: Conditioning,
         sigmas: Tensor,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.host import Conditioning, Denoiser, Parametrisation, add_noise
-from ..core.sampling import Guide, sample_ddim
+from ..core.sampling import Guide, SampleStep, ancestral_steps, cfg, ddim_step, sample, steered
 from .blend import Blend
 
 
@@ -48,11 +48,19 @@ def sample_blended(
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0)
     start = run(first_latent(x0, noise, float(sigmas[0]), highest, model.parametrisation), float(sigmas[0]))
 
-    def keep(_: int, sigma: float, after: Tensor, __: Tensor) -> Tensor:
-        return run(after, sigma) if sigma > 0 else run.finish(after)
+    def keep(done: SampleStep) -> Tensor:
+        return run(done.x, done.sigma_next) if done.sigma_next > 0 else run.finish(done.x)
 
-    anew = torch.Generator().manual_seed(seed + 1) if ancestral else None
-    return sample_ddim(model, start, sigmas, cond, uncond, scale, keep, anew, guide)
+    estimate = cfg(model, cond, uncond, scale)
+    anew = torch.Generator().manual_seed(seed + 1)
+    return sample(
+        model,
+        start,
+        sigmas,
+        estimate if guide is None else steered(estimate, guide),
+        ancestral_steps(anew, model.parametrisation) if ancestral else ddim_step,
+        keep,
+    )
 
 
 def first_latent(x0: Tensor, noise: Tensor, sigma: float, highest: float, parametrisation: Parametrisation) -> Tensor:

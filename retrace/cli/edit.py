@@ -18,10 +18,10 @@ from ..blending.paste import paste_background
 from ..blending.sample import sample_blended
 from ..core.checks import check_image, check_mask, check_same_size, check_steps, match_batch
 from ..core.errors import InvalidSchedule, RetraceError
-from ..core.host import Conditioning, Denoiser, Host
+from ..core.host import Conditioning, Denoiser, Host, Origin
 from ..core.sampling import sample_ddim
 from ..core.trajectory import Trajectory
-from ..inversion.invert import GRADIENT_METHODS, Method, invert
+from ..inversion.invert import InversionSettings, Method, invert
 from ..masks import LatentMaskMode, latent_mask
 from ..metrics import EditReport, edit_report
 
@@ -163,7 +163,7 @@ def edit_image(
             evaluations[name] = model.evaluations - before
             return result
 
-        gradients = name == "invert" and settings.method in GRADIENT_METHODS
+        gradients = name == "invert" and InversionSettings(settings.method).needs_gradients
         result = host.run(start, conds, counted, gradients=gradients)
         seconds[name] = time.perf_counter() - begun
         return result
@@ -175,9 +175,8 @@ def edit_image(
             x,
             sigmas,
             given["source"],
-            settings.method,
-            fingerprint=host.fingerprint(),
-            latent_format=host.latent_format,
+            InversionSettings(settings.method),
+            Origin.of(host),
         ),
         latent,
     )

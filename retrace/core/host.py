@@ -84,7 +84,6 @@ class Denoiser(Protocol):
     parametrisation: Parametrisation
     device: torch.device
     evaluations: int  # network forward passes so far, counted per sample and condition
-    blocks: tuple[str, ...]  # whose outputs can be asked for: "mid.0", "up.0" ..., in the order they run
 
     def denoised(self, x: Tensor, sigma: Tensor | float, cond: Conditioning) -> Tensor:
         """The clean estimate ``[B, C, h, w]`` for ``x`` at noise level ``sigma`` (scalar or ``[B]``)."""
@@ -102,9 +101,21 @@ class Denoiser(Protocol):
         """
         ...
 
+    def progress(self, step: int, total: int, denoised: Tensor | None = None) -> None:
+        """Report that ``step`` of ``total`` is done, show ``denoised`` as a preview, and stop if the user asked to."""
+        ...
+
+
+class Attention(Protocol):
+    """A network whose attention layers can be replaced while it runs."""
+
     def attention(self, hook: AttentionHook) -> AbstractContextManager[None]:
         """Inside, every attention layer calls ``hook``."""
         ...
+
+
+class Adapters(Protocol):
+    """A network whose linear maps can be changed by low-rank products while it runs."""
 
     def projections(self) -> dict[str, tuple[int, int]]:
         """The linear maps of all attention layers by name, each with its ``(outputs, inputs)``, in the order they run.
@@ -118,10 +129,16 @@ class Denoiser(Protocol):
     def adapters(self, adapters: Mapping[str, LowRank]) -> AbstractContextManager[None]:
         """Inside, these projections are changed; the weights stay as they are. May be nested: changes add up.
 
-        Inside :meth:`differentiable` gradients flow to those of their tensors that require them. Raises
+        Inside :meth:`Denoiser.differentiable` gradients flow to those of their tensors that require them. Raises
         :class:`UnsupportedModel` for a name or a shape that the model does not have.
         """
         ...
+
+
+class Features(Protocol):
+    """A network whose blocks can be looked into while it runs."""
+
+    blocks: tuple[str, ...]  # whose outputs can be asked for: "mid.0", "up.0" ..., in the order they run
 
     def features(self, blocks: Sequence[str]) -> AbstractContextManager[dict[str, Tensor]]:
         """Inside, the outputs ``[rows, C, h, w]`` of these blocks (``"mid.0"``, ``"up.0"`` ...), newest last."""
@@ -134,9 +151,21 @@ class Denoiser(Protocol):
         """
         ...
 
-    def progress(self, step: int, total: int, denoised: Tensor | None = None) -> None:
-        """Report that ``step`` of ``total`` is done, show ``denoised`` as a preview, and stop if the user asked to."""
-        ...
+
+class AttentionDenoiser(Denoiser, Attention, Protocol):
+    """What methods of attention need."""
+
+
+class AdapterDenoiser(Denoiser, Adapters, Protocol):
+    """What training an adapter needs."""
+
+
+class FeatureDenoiser(Denoiser, Features, Protocol):
+    """What methods of feature maps need."""
+
+
+class UNetDenoiser(AttentionDenoiser, AdapterDenoiser, FeatureDenoiser, Protocol):
+    """All of it. Models that are no UNet of the SD1.5 or SDXL kind refuse what they have not."""
 
 
 class Host(Protocol):
@@ -145,8 +174,12 @@ class Host(Protocol):
     name: str
     parametrisation: Parametrisation
     latent_channels: int
-    downscale: int  # image pixels per latent cell
     latent_format: str  # equal for models whose latents mean the same: "4 channels, scale 0.18215"
+
+    @property
+    def downscale(self) -> int:
+        """Image pixels per latent cell."""
+        ...
 
     def training_sigmas(self) -> Tensor:
         """Noise levels of the training timesteps, ascending ``[T]``."""
@@ -193,7 +226,7 @@ class Host(Protocol):
         self,
         latent: Tensor,
         conds: Mapping[str, Any],
-        method: Callable[[Denoiser, Tensor, Mapping[str, Conditioning]], T],
+        method: Callable[[UNetDenoiser, Tensor, Mapping[str, Conditioning]], T],
         *,
         gradients: bool = False,
     ) -> T:
@@ -205,6 +238,19 @@ class Host(Protocol):
         tensor it sees is an inference tensor. Tensors in what it returns come back detached, on the CPU.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which model made something: its fingerprint, and what the numbers of its latents mean. Empty where not known."""
+
+    fingerprint: str = ""
+    latent_format: str = ""
+
+    @classmethod
+    def of(cls, host: Host) -> Origin:
+        """The model of ``host``."""
+        return cls(host.fingerprint(), host.latent_format)
 
 
 def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor | float, parametrisation: Parametrisation) -> Tensor:
@@ -222,6 +268,16 @@ def picture_share(sigma: float, parametrisation: Parametrisation) -> float:
 def variance_scale(sigma: float, parametrisation: Parametrisation) -> float:
     """What divides a noisy latent to give it the variance that a network sees (1 for flow models, which keep it)."""
     return 1.0 if parametrisation == "flow" else math.sqrt(1 + sigma * sigma)
+
+
+def to_variance_preserving(x: Tensor, sigma: float, parametrisation: Parametrisation) -> Tensor:
+    """A noisy latent of ours in the scale of DDPM's papers, ``z = x / sqrt(1 + sigma^2)``; the same for flow models."""
+    return x / variance_scale(sigma, parametrisation)
+
+
+def from_variance_preserving(z: Tensor, sigma: float, parametrisation: Parametrisation) -> Tensor:
+    """A noisy latent of DDPM's papers in ours, ``x = z sqrt(1 + sigma^2)``."""
+    return z * variance_scale(sigma, parametrisation)
 
 
 def guided(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:

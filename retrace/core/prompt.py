@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .errors import RetraceError
+from .errors import InvalidSetting, RetraceError
 
 END_OF_WORD = "</w>"  # how CLIP's byte-pair vocabulary marks the last piece of a word
 # Its pieces are bytes: one that is no printable character of Latin-1 is written as the next free one from 256 on.
@@ -115,10 +115,16 @@ def parse_words(text: str) -> list[str]:
     return [part.strip() for part in re.split(r"[,;\n]", text) if part.strip()]
 
 
+def parse_word_lists(text: str) -> list[str] | list[list[str]]:
+    """Words for all prompts, ``"circle, square"``, or with bars a list for each of them, ``"circle | square"``."""
+    lists = [parse_words(part) for part in text.split("|")]
+    return lists[0] if len(lists) == 1 else lists
+
+
 def parse_values(name: str, text: str) -> dict[str, float]:
     """``"red: 2, star: -1"`` as numbers by phrase.
 
-    Raises :class:`RetraceError` that shows the part which is not of that form.
+    Raises :class:`InvalidSetting` that shows the part which is not of that form.
     """
     values: dict[str, float] = {}
     for part in parse_words(text):
@@ -128,7 +134,7 @@ def parse_values(name: str, text: str) -> dict[str, float]:
                 raise ValueError
             values[phrase.strip()] = float(number)
         except ValueError:
-            raise RetraceError(
+            raise InvalidSetting(
                 f"{name}: '{part}' cannot be read. Write 'word: number', several of them separated by commas, for "
                 "example 'red: 2, star: 0.5'."
             ) from None

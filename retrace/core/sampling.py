@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
@@ -15,58 +16,30 @@ from .errors import InvalidSchedule, RetraceError
 from .host import Conditioning, Denoiser, Parametrisation, guided, picture_share
 from .schedule import check_sigmas
 
-Callback = Callable[[int, float, Tensor, Tensor], "Tensor | None"]
-"""``callback(step, sigma_next, x, denoised)`` after every step, 0-based; a tensor it returns takes the place of x."""
+
+@dataclass(frozen=True)
+class SampleStep:
+    """A finished step, 1-based: ``x`` ``[B, C, h, w]`` is at level ``sigma_next``, ``denoised`` led there."""
+
+    step: int
+    total: int
+    sigma: float
+    sigma_next: float
+    x: Tensor
+    denoised: Tensor
+
+
+Callback = Callable[[SampleStep], "Tensor | None"]
+"""Called after every step; a tensor it returns takes the place of x."""
+
+Estimate = Callable[[Tensor, float], Tensor]
+"""``D(x, sigma)``: the clean estimate that a sampler follows, guided or not."""
 
 Guide = Callable[[Tensor, float, Callable[[Tensor], Tensor]], Tensor]
-"""``guide(x, sigma, predict)``: the clean estimate to use in the place of ``predict(x)``."""
+"""``guide(x, sigma, predict)``: the clean estimate to use instead of ``predict(x)``."""
 
-RETRACING_SAMPLERS = ("ddim", "euler")
-"""Samplers of ComfyUI that walk an inverted path back step by step."""
-
-STOCHASTIC_SAMPLERS = frozenset(
-    {
-        "euler_ancestral",
-        "euler_ancestral_cfg_pp",
-        "dpm_2_ancestral",
-        "dpmpp_2s_ancestral",
-        "dpmpp_2s_ancestral_cfg_pp",
-        "dpmpp_sde",
-        "dpmpp_sde_gpu",
-        "dpmpp_2m_sde",
-        "dpmpp_2m_sde_gpu",
-        "dpmpp_2m_sde_heun",
-        "dpmpp_2m_sde_heun_gpu",
-        "dpmpp_3m_sde",
-        "dpmpp_3m_sde_gpu",
-        "exp_heun_2_x0_sde",
-        "res_multistep_ancestral",
-        "res_multistep_ancestral_cfg_pp",
-        "ddpm",
-        "lcm",
-        "er_sde",
-        "seeds_2",
-        "seeds_3",
-        "sa_solver",
-        "sa_solver_pece",
-    }
-)
-"""Samplers of ComfyUI that add fresh noise while they run (with their default options)."""
-
-
-def require_deterministic(sampler_name: str) -> None:
-    """Refuse a sampler that adds noise on its way: it cannot come back to the image that was inverted.
-
-    Names that are not in ComfyUI are refused when they say so themselves ("ancestral", "sde").
-
-    Raises:
-        InvalidSchedule: the sampler is stochastic; the message names it and those that retrace.
-    """
-    if sampler_name in STOCHASTIC_SAMPLERS or not {"ancestral", "sde"}.isdisjoint(sampler_name.lower().split("_")):
-        raise InvalidSchedule(
-            f"The sampler '{sampler_name}' adds fresh noise at every step, so it cannot retrace an inverted image. "
-            f"Choose one of: {', '.join(RETRACING_SAMPLERS)}."
-        )
+Step = Callable[[Tensor, Tensor, float, float], Tensor]
+"""``step(x, denoised, sigma, sigma_next)``: the latent at the next level."""
 
 
 def ddim_step(x: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> Tensor:
@@ -122,6 +95,16 @@ def ancestral_step(
     return mean + math.sqrt(sigma_next**2 - down**2) * noise
 
 
+def ancestral_steps(generator: torch.Generator, parametrisation: Parametrisation) -> Step:
+    """:func:`ancestral_step` with noise drawn from ``generator``, a generator of the CPU."""
+
+    def step(x: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> Tensor:
+        noise = torch.randn(x.shape, generator=generator).to(x)
+        return ancestral_step(x, denoised, sigma, sigma_next, noise, parametrisation)
+
+    return step
+
+
 def guided_estimate(
     model: Denoiser, x: Tensor, sigma: Tensor | float, cond: Conditioning, uncond: Conditioning | None, scale: float
 ) -> Tensor:
@@ -132,6 +115,47 @@ def guided_estimate(
     return guided(without, with_text, scale)
 
 
+def cfg(model: Denoiser, cond: Conditioning, uncond: Conditioning | None = None, scale: float = 1.0) -> Estimate:
+    """Classifier-free guidance as something to sample with, see :func:`guided_estimate`."""
+    return partial(guided_estimate, model, cond=cond, uncond=uncond, scale=scale)
+
+
+def steered(estimate: Estimate, guide: Guide) -> Estimate:
+    """``estimate`` as ``guide`` changes it, see :mod:`retrace.clip_guidance`."""
+    return lambda x, sigma: guide(x, sigma, lambda moved: estimate(moved, sigma))
+
+
+def sample(
+    model: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    estimate: Estimate,
+    step: Step = ddim_step,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Follow ``estimate`` from ``x`` ``[B, C, h, w]`` at noise level ``sigmas[0]`` down to ``sigmas[-1]``.
+
+    ``sigmas`` is ``[N + 1]``. Steps between equal levels cost nothing and call nothing. Whatever ``model`` raises to
+    stop passes through.
+
+    Raises:
+        InvalidSchedule, InvalidImage: sigmas or a latent that cannot be.
+        RetraceError: the model answered NaN or infinity.
+    """
+    levels = [float(s) for s in check_sigmas(sigmas).tolist()]
+    x = check_latent("latent", x).to(model.device)
+    with torch.no_grad():
+        for i, sigma, sigma_next in steps_of(levels):
+            denoised = estimate(x, sigma)
+            x = step(x, denoised, sigma, sigma_next)
+            if callback is not None:
+                replaced = callback(SampleStep(i + 1, len(levels) - 1, sigma, sigma_next, x, denoised))
+                x = x if replaced is None else replaced
+            require_finite(x, i + 1, len(levels) - 1, sigma)
+            model.progress(i + 1, len(levels) - 1, denoised)
+    return x
+
+
 def sample_ddim(
     model: Denoiser,
     x: Tensor,
@@ -140,44 +164,19 @@ def sample_ddim(
     uncond: Conditioning | None = None,
     scale: float = 1.0,
     callback: Callback | None = None,
-    ancestral: torch.Generator | None = None,
-    guide: Guide | None = None,
 ) -> Tensor:
-    """Follow ``x`` ``[B, C, h, w]`` at noise level ``sigmas[0]`` down to ``sigmas[-1]`` (``sigmas`` is ``[N + 1]``).
+    """:func:`sample` with DDIM steps (Song et al. 2021) and classifier-free guidance at ``scale``.
 
-    With ``uncond`` and ``scale`` other than 1 it uses classifier-free guidance, at two evaluations per step; otherwise
-    one. Steps between equal levels cost none. Whatever the model raises to stop passes through.
-
-    With ``ancestral``, a generator of the CPU, every step is an :func:`ancestral_step` with noise drawn from it.
-    ``guide`` may change every estimate, see :mod:`retrace.clip_guidance`.
-
-    Raises:
-        InvalidSchedule, InvalidImage: sigmas or a latent that cannot be.
-        RetraceError: the model answered NaN or infinity.
+    Two evaluations per step with ``uncond`` and a ``scale`` other than 1, otherwise one.
     """
-    levels = [float(s) for s in check_sigmas(sigmas).tolist()]
-    x = check_latent("latent", x).to(model.device)
-    total = len(levels) - 1
-    with torch.no_grad():
-        for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
-            if sigma == sigma_next:
-                continue
-            if guide is None:
-                denoised = guided_estimate(model, x, sigma, cond, uncond, scale)
-            else:
-                predict = partial(guided_estimate, model, sigma=sigma, cond=cond, uncond=uncond, scale=scale)
-                denoised = guide(x, sigma, predict)
-            if ancestral is None:
-                x = ddim_step(x, denoised, sigma, sigma_next)
-            else:
-                noise = torch.randn(x.shape, generator=ancestral).to(x)
-                x = ancestral_step(x, denoised, sigma, sigma_next, noise, model.parametrisation)
-            if callback is not None:
-                replaced = callback(i, sigma_next, x, denoised)
-                x = x if replaced is None else replaced
-            require_finite(x, i + 1, total, sigma)
-            model.progress(i + 1, total, denoised)
-    return x
+    return sample(model, x, sigmas, cfg(model, cond, uncond, scale), callback=callback)
+
+
+def steps_of(levels: Sequence[float]) -> Iterator[tuple[int, float, float]]:
+    """``(number, level, next level)`` of every step that moves; those between equal levels are left out."""
+    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
+        if sigma != sigma_next:
+            yield i, sigma, sigma_next
 
 
 def require_finite(x: Tensor, step: int, total: int, sigma: float) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .errors import Remedy, TrajectoryMismatch
 from .host import Parametrisation
+from .report import cost_line
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,15 @@ class Trajectory:
     @property
     def steps(self) -> int:
         return len(self.sigmas) - 1
+
+    def fact(self, name: str) -> float:
+        """A number of the report; 0 where it holds none of that name."""
+        value = self.report.get(name)
+        return value if isinstance(value, int | float) else 0.0
+
+    def cost(self) -> str:
+        """What the inversion took, in one line."""
+        return cost_line(int(self.fact("evaluations")), int(self.fact("backwards")), self.fact("seconds"))
 
     def at(self, sigma: float) -> Tensor:
         """The latent at noise level ``sigma``, ``[B, C, h, w]``.

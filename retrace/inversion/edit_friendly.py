@@ -19,15 +19,15 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ..core.checks import check_latent, check_steps
-from ..core.errors import RetraceError, TrajectoryMismatch
-from ..core.host import Conditioning, Denoiser, Parametrisation, add_noise, picture_share
-from ..core.sampling import Callback, ddpm_mean, guided_estimate, require_finite
+from ..core.errors import InvalidSetting, TrajectoryMismatch
+from ..core.host import Conditioning, Denoiser, Origin, Parametrisation, add_noise, picture_share
+from ..core.report import memory_lines
+from ..core.sampling import Callback, SampleStep, ddpm_mean, guided_estimate, require_finite, steps_of
 from ..core.schedule import check_sigmas
 from ..core.trajectory import Trajectory
 
@@ -48,6 +48,22 @@ class EditFriendly:
     scale: float
     eta: float
 
+    def text(self, peak_megabytes: int | None = None) -> str:
+        """What the inversion cost and what its noises are like, in lines of text."""
+        path = self.trajectory
+        steps, images = self.noises.shape[:2]
+        together = int(path.fact("batch"))
+        lines = [
+            f"edit_friendly, {steps} steps, {images} image(s), guidance {self.scale:g}, seed {path.report['seed']}",
+            f"start at noise level {float(path.sigmas[0]):.3f}",
+            f"{path.cost()}, {together} step{'s' if together > 1 else ''} at a time",
+        ]
+        strengths = path.report["strengths"]
+        if isinstance(strengths, list) and strengths:
+            average = sum(strengths) / len(strengths)
+            lines.append(f"strength of the noises: {average:.2f} on average, {max(strengths):.2f} at most (fresh: 1)")
+        return "\n".join([*lines, *memory_lines(peak_megabytes)])
+
     def first_step(self, sigmas: Tensor) -> int:
         """The number of the step that sampling along ``sigmas`` ``[n + 1]``, some of the inverted levels, begins with.
 
@@ -60,8 +76,8 @@ class EditFriendly:
             if torch.allclose(own[first : first + len(asked)], asked, rtol=1e-5, atol=1e-6):
                 return first
         raise TrajectoryMismatch(
-            f"The sampler asks for {_shown(asked)}, but the noises were made for {_shown(own)}. Sample with the SIGMAS "
-            "of the inverter, or invert again with the scheduler and the steps that you want."
+            f"The sampler asks for {_shown(asked)}, but the noises were made for {_shown(own)}. Sample with the sigmas "
+            "of the inversion, or invert again with the scheduler and the steps that you want."
         )
 
     def require_latent(self, x: Tensor) -> None:
@@ -70,7 +86,7 @@ class EditFriendly:
         if x.ndim != 4 or list(x.shape[1:]) != size or len(x) % images:
             raise TrajectoryMismatch(
                 f"The sampler works on latents of shape {list(x.shape)}, but the noises were made for "
-                f"{[images, *size]}, or whole multiples of that batch. Sample the LATENT of the inverter."
+                f"{[images, *size]}, or whole multiples of that batch. Sample the latent that the inversion gave."
             )
 
     def step(self, number: int, x: Tensor, denoised: Tensor) -> Tensor:
@@ -93,56 +109,83 @@ def ddpm_levels(sigma: float, sigma_next: float, eta: float, parametrisation: Pa
     return math.sqrt(max(sigma_next**2 - up**2, 0.0)), up
 
 
+@dataclass(frozen=True)
+class EditFriendlySettings:
+    """How to find the noises.
+
+    ``scale`` is the guidance of the source, ``seed`` that of the independent noises, ``batch`` how many steps share a
+    call of the model, ``eta`` in (0, 1] how much of the noise is new at every step; 1 is DDPM.
+
+    Raises:
+        InvalidSetting: a guidance or eta that cannot be.
+        InvalidSchedule: a batch below 1.
+    """
+
+    scale: float = 3.5
+    seed: int = 0
+    batch: int = 4
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_steps("batch", self.batch, 1)
+        if not math.isfinite(self.scale):
+            raise InvalidSetting(f"Guidance of the source: got {self.scale}, but a number is needed (try 3.5).")
+        if not 0 < self.eta <= 1:
+            raise InvalidSetting(
+                f"eta: got {self.eta}, but more than 0 and at most 1 is needed: without noise (0) there is nothing to "
+                "store. 1 is DDPM."
+            )
+
+
 def invert_edit_friendly(
     model: Denoiser,
     x0: Tensor,
     sigmas: Tensor,
     cond: Conditioning,
     uncond: Conditioning | None = None,
-    scale: float = 3.5,
-    *,
-    seed: int,
-    batch: int = 4,
-    eta: float = 1.0,
-    fingerprint: str = "",
-    latent_format: str = "",
+    settings: EditFriendlySettings | None = None,
+    origin: Origin | None = None,
 ) -> EditFriendly:
     """Find the noises with which DDPM sampling along ``sigmas`` ``[N + 1]`` returns to ``x0`` ``[B, C, h, w]``.
 
     ``x0`` is in the model's scale and stands for the last level, also where that is not 0. Nothing is walked, so the
-    predictions of ``batch`` steps are one call of the model: what depends on the noise level of a call (time ranges,
-    patches) needs ``batch`` 1. So do conditions with an embedding per image, which get it here. With ``uncond`` and
-    ``scale`` other than 1 the source is guided, at two evaluations per step and image; otherwise one. Steps between
-    equal levels cost none.
+    predictions of several steps are one call of the model: what depends on the noise level of a call (time ranges,
+    patches) needs ``batch`` 1. So do conditions with an embedding per image, which get it here. With ``uncond`` and a
+    scale other than 1 the source is guided, at two evaluations per step and image; otherwise one. Steps between equal
+    levels cost none.
 
-    The noise of a level depends on ``seed`` and its place, counted from the last level: leaving out the first steps
+    The noise of a level depends on the seed and its place, counted from the last level: leaving out the first steps
     leaves the noises of the others as they are.
 
     Args:
+        model: the model.
+        x0: the latent of the image.
+        sigmas: the descending schedule that is sampled later.
         cond: the words that describe the image as it is.
-        eta: in (0, 1], how much of the noise is new at every step; 1 is DDPM.
+        uncond: the words that guidance leads away from.
+        settings: guidance, seed and eta.
+        origin: the model, for the trajectory.
 
     Returns:
         The noises; the ``report`` of their trajectory holds ``steps``, ``evaluations``, ``seconds``, ``scale``,
-        ``seed`` and ``strengths``: the root mean square of the noise of every step that has one (1 if it were fresh).
+        ``seed``, ``batch`` and ``strengths``: the root mean square of the noise of every step that has one (1 if it
+        were fresh).
 
     Raises:
-        InvalidSchedule, InvalidImage: sigmas, a latent or a batch that cannot be.
-        RetraceError: a guidance or eta that cannot be, or a model that answers NaN.
+        InvalidSchedule, InvalidImage: sigmas or a latent that cannot be.
+        RetraceError: a model that answers NaN.
     """
+    settings, origin = settings or EditFriendlySettings(), origin or Origin()
     levels = [float(s) for s in check_sigmas(sigmas).tolist()]
     x0 = check_latent("latent to invert", x0)
-    check_steps("batch", batch, 1)
-    _check_options(scale, eta)
     kind = model.parametrisation
     x0 = x0.detach().to(model.device, x0.dtype if x0.dtype == torch.float64 else torch.float32)
-    scale = 1.0 if uncond is None else float(scale)
-    if any(len(c.embedding) > 1 for c in (cond, uncond) if c is not None):
-        batch = 1
+    scale = 1.0 if uncond is None else float(settings.scale)
+    batch = 1 if any(len(c.embedding) > 1 for c in (cond, uncond) if c is not None) else settings.batch
     started, before = time.perf_counter(), model.evaluations
-    latents = _noised(x0, levels, seed, kind)
+    latents = _noised(x0, levels, settings.seed, kind)
     noises, remainder = torch.zeros_like(latents[1:]), torch.zeros_like(x0)
-    moving = [i for i, (sigma, sigma_next) in enumerate(pairwise(levels)) if sigma != sigma_next]
+    moving = [i for i, _, _ in steps_of(levels)]
     with torch.no_grad():
         for start in range(0, len(moving), batch):
             together = moving[start : start + batch]
@@ -151,7 +194,7 @@ def invert_edit_friendly(
             estimates = guided_estimate(model, x, sigma, cond, uncond, scale).unflatten(0, (len(together), len(x0)))
             for i, denoised in zip(together, estimates, strict=True):
                 require_finite(denoised, i + 1, len(noises), levels[i])
-                down, up = ddpm_levels(levels[i], levels[i + 1], eta, kind)
+                down, up = ddpm_levels(levels[i], levels[i + 1], settings.eta, kind)
                 missing = latents[i + 1] - ddpm_mean(latents[i], denoised, levels[i], levels[i + 1], down, kind)
                 if up:
                     noises[i] = missing / up
@@ -163,13 +206,14 @@ def invert_edit_friendly(
         "evaluations": model.evaluations - before,
         "seconds": round(time.perf_counter() - started, 3),
         "scale": scale,
-        "seed": seed,
+        "seed": settings.seed,
+        "batch": batch,
         "strengths": [float(noises[i].square().mean().sqrt()) for i in moving if levels[i + 1] > 0],
     }
     trajectory = Trajectory(
-        sigmas.cpu().clone(), latents.cpu(), kind, fingerprint, "edit_friendly", report, latent_format
+        sigmas.cpu().clone(), latents.cpu(), kind, origin.fingerprint, "edit_friendly", report, origin.latent_format
     )
-    return EditFriendly(trajectory, noises.cpu(), remainder.cpu(), scale, eta)
+    return EditFriendly(trajectory, noises.cpu(), remainder.cpu(), scale, settings.eta)
 
 
 def sample_edit_friendly(
@@ -198,15 +242,15 @@ def sample_edit_friendly(
     check_steps("skip", skip, 0, total - 1)
     x = found.trajectory.latents[skip].to(model.device)
     with torch.no_grad():
-        for i in range(skip, total):
-            if levels[i] == levels[i + 1]:
+        for i, sigma, sigma_next in steps_of(levels):
+            if i < skip:
                 continue
-            denoised = guided_estimate(model, x, levels[i], cond, uncond, scale)
+            denoised = guided_estimate(model, x, sigma, cond, uncond, scale)
             x = found.step(i, x, denoised)
             if callback is not None:
-                replaced = callback(i, levels[i + 1], x, denoised)
+                replaced = callback(SampleStep(i + 1 - skip, total - skip, sigma, sigma_next, x, denoised))
                 x = x if replaced is None else replaced
-            require_finite(x, i + 1, total, levels[i])
+            require_finite(x, i + 1, total, sigma)
             model.progress(i + 1 - skip, total - skip, denoised)
     return x
 
@@ -214,10 +258,10 @@ def sample_edit_friendly(
 def without_first_steps(sigmas: Tensor, skip: float) -> Tensor:
     """The levels ``[n + 1]`` that are left of ``sigmas`` ``[N + 1]`` without the share ``skip`` of its steps.
 
-    ``skip`` is 0 to 1; at least one step is left. Raises :class:`RetraceError` for another share.
+    ``skip`` is 0 to 1; at least one step is left. Raises :class:`InvalidSetting` for another share.
     """
     if not 0 <= skip <= 1:
-        raise RetraceError(f"skip: got {skip}, but a share of the steps is needed, 0 (none) to 1 (all but the last).")
+        raise InvalidSetting(f"skip: got {skip}, but a share of the steps is needed, 0 (none) to 1 (all but the last).")
     steps = len(check_sigmas(sigmas)) - 1
     return sigmas[min(round(skip * steps), steps - 1) :]
 
@@ -233,16 +277,6 @@ def _noised(x0: Tensor, levels: list[float], seed: int, parametrisation: Paramet
             noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0)
             latents.append(add_noise(x0, noise, level, parametrisation))
     return torch.stack(latents[::-1])
-
-
-def _check_options(scale: float, eta: float) -> None:
-    if not math.isfinite(scale):
-        raise RetraceError(f"Guidance of the source: got {scale}, but a number is needed (try 3.5).")
-    if not 0 < eta <= 1:
-        raise RetraceError(
-            f"eta: got {eta}, but more than 0 and at most 1 is needed: without noise (0) there is nothing to store. "
-            "1 is DDPM."
-        )
 
 
 def _shown(sigmas: Tensor) -> str:

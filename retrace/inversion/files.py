@@ -15,7 +15,7 @@ from typing import Any, NoReturn, get_args
 import torch
 from torch import Tensor
 
-from ..core.errors import InvalidFile, InvalidSchedule, require
+from ..core.errors import InvalidFile, InvalidSchedule, Remedy, require
 from ..core.files import replace_file
 from ..core.host import Parametrisation
 from ..core.schedule import check_sigmas
@@ -104,11 +104,6 @@ def load_trajectory(path: str | Path) -> Trajectory:
     return load_with_extra(path)[0]
 
 
-def load_extra(path: str | Path) -> dict[str, Tensor]:
-    """The further tensors that were saved with a trajectory, by name; errors as in :func:`load_trajectory`."""
-    return load_with_extra(path)[1]
-
-
 def load_with_extra(path: str | Path) -> tuple[Trajectory, dict[str, Tensor]]:
     """A trajectory and the further tensors of its file, read once; errors as in :func:`load_trajectory`."""
     path = Path(path)
@@ -121,7 +116,8 @@ def load_with_extra(path: str | Path) -> tuple[Trajectory, dict[str, Tensor]]:
             if metadata.get("format") != FORMAT:
                 raise InvalidFile(
                     f"'{path.name}' is a safetensors file of something else (a model, a LoRA, a latent?), not an "
-                    "inversion. Choose a file that 'Save Inversion' wrote."
+                    "inversion.",
+                    Remedy.SAVED_INVERSION,
                 )
             _check_version(metadata.get("version", ""), path.name)
             # Copies, because the originals are views of the file and would keep it locked on Windows.

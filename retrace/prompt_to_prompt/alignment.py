@@ -1,14 +1,14 @@
 """Which map of the source prompt belongs to which token of the target prompt (Hertz et al. 2023, section 3.2).
 
 By default words are aligned by edit distance, so the two prompts need not have equally many. The reference's two
-mappers, with their errors, are there for comparison (``parity``).
+mappers, with their errors, are there for comparison (:func:`reference_token_map`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ..core.errors import RetraceError
 from ..core.prompt import Prompt
 
 Mode = Literal["replace", "refine"]
-MODES: tuple[Mode, ...] = ("replace", "refine")
+MODES: tuple[Mode, ...] = get_args(Mode)
 CHUNK = 77  # tokens of one pass through CLIP
 
 
@@ -31,19 +31,20 @@ class TokenMap:
     taken: Tensor
 
 
-def token_map(source: Prompt, target: Prompt, mode: Mode = "replace", parity: bool = False) -> TokenMap:
-    """Align two prompts.
+class Aligner(Protocol):
+    """What pairs the tokens of two prompts."""
 
-    ``replace``: a word that stands in the place of another takes over its map, so that the new thing lies where the old
+    def __call__(self, source: Prompt, target: Prompt, mode: Mode) -> TokenMap: ...
+
+
+def token_map(source: Prompt, target: Prompt, mode: Mode = "replace") -> TokenMap:
+    """Align two prompts by the words that a shortest edit pairs.
+
+    ``replace``: a word that stands where another stood takes over its map, so that the new thing lies where the old
     one lay; where the tokens differ in number, each gets an equal share of all. ``refine``: only equal words share
     maps, every other word keeps its own. In both modes added words keep their own map. Start and padding share
-    theirs too.
-
-    Raises:
-        RetraceError: with ``parity`` the reference's replacement of prompts with different numbers of words.
+    theirs as well.
     """
-    if parity:
-        return _reference_replace(source, target) if mode == "replace" else _reference_refine(source, target)
     mapper = torch.zeros(source.length, target.length)
     old, new = ([word.text for word in prompt.words] for prompt in (source, target))
     for i, j in align(old, new, substitute=mode == "replace"):
@@ -58,6 +59,15 @@ def token_map(source: Prompt, target: Prompt, mode: Mode = "replace", parity: bo
         if 0 <= partner < source.length:
             mapper[partner, place] = 1
     return TokenMap(mapper, (mapper.sum(0) > 0).float())
+
+
+def reference_token_map(source: Prompt, target: Prompt, mode: Mode = "replace") -> TokenMap:
+    """Align two prompts exactly as the published code does (google/prompt-to-prompt), errors included.
+
+    Raises:
+        RetraceError: ``replace`` with different numbers of words.
+    """
+    return _reference_replace(source, target) if mode == "replace" else _reference_refine(source, target)
 
 
 def align(source: Sequence[str], target: Sequence[str], substitute: bool) -> list[tuple[int, int]]:

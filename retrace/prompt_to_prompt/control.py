@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..core.errors import RetraceError
+from ..core.errors import InvalidInput, InvalidSetting, RetraceError
 from ..core.host import AttentionCall
 from ..core.prompt import Prompt
-from .alignment import Mode, TokenMap, token_map
+from .alignment import Aligner, Mode, TokenMap, token_map
 from .local_blend import LocalBlend, WordMaps
 
 Window = tuple[float, float]
@@ -71,54 +71,74 @@ class PromptToPrompt:
         return Controller(self, steps)
 
 
+@dataclass(frozen=True)
+class PlanSettings:
+    """How the targets follow the source.
+
+    Attributes:
+        mode: ``replace`` or ``refine``, see :func:`~.alignment.token_map`.
+        cross_replace: the window of the cross-attention maps.
+        self_replace: the window of the self-attention maps.
+        self_limit: self-attention is replaced in layers of at most this many queries a side.
+        word_windows: windows of their own for words of the targets, instead of ``cross_replace``.
+        weights: how much words of the targets count (attention re-weighting).
+        align: pairs the words of a source and a target.
+
+    Raises:
+        InvalidSetting: a window outside 0..1, or a weight that is not a number.
+    """
+
+    mode: Mode = "replace"
+    cross_replace: Window = (0.0, 0.8)
+    self_replace: Window = (0.0, 0.4)
+    self_limit: int = 32
+    word_windows: Mapping[str, Window] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    align: Aligner = token_map
+
+    def __post_init__(self) -> None:
+        for window in (self.cross_replace, self.self_replace, *self.word_windows.values()):
+            if not 0 <= window[0] <= window[1] <= 1:
+                raise InvalidSetting(
+                    f"A window reaches from {window[0]:g} to {window[1]:g}; it needs two shares of the steps in order, "
+                    "between 0 and 1."
+                )
+        for phrase, factor in self.weights.items():
+            if not math.isfinite(factor):
+                raise InvalidSetting(f"The weight of '{phrase}' is {factor}; it needs a finite number.")
+
+
 def plan(
-    source: Prompt,
-    targets: Sequence[Prompt],
-    *,
-    mode: Mode = "replace",
-    cross_replace: Window = (0.0, 0.8),
-    word_windows: Mapping[str, Window] | None = None,
-    self_replace: Window = (0.0, 0.4),
-    self_limit: int = 32,
-    weights: Mapping[str, float] | None = None,
-    blend: LocalBlend | None = None,
-    parity: bool = False,
+    source: Prompt, targets: Sequence[Prompt], settings: PlanSettings | None = None, blend: LocalBlend | None = None
 ) -> PromptToPrompt:
     """Settle an edit from words.
 
     A word of ``weights`` or ``word_windows`` must be in at least one target; it counts in each that has it. Windows are
-    shares of the steps; that of a word replaces ``cross_replace`` for its tokens. Embeddings of all prompts must be
-    equally long.
+    shares of the steps. Embeddings of all prompts must be equally long.
 
     Raises:
-        RetraceError: a word that no target has (lists their words), a window outside 0..1, no target, or what
-            :func:`token_map` refuses.
+        RetraceError: a word that no target has (lists their words), no target, or what the aligner refuses.
     """
+    settings = settings or PlanSettings()
     if not targets:
         raise RetraceError("Prompt-to-Prompt needs at least one target prompt beside the source.")
-    for window in (cross_replace, self_replace, *(word_windows or {}).values()):
-        if not 0 <= window[0] <= window[1] <= 1:
-            raise RetraceError(
-                f"A window reaches from {window[0]:g} to {window[1]:g}; it needs two shares of the steps in order, "
-                "between 0 and 1."
-            )
-    for phrase in {**(word_windows or {}), **(weights or {})}:
+    for phrase in {**settings.word_windows, **settings.weights}:
         if not any(target.has(phrase) for target in targets):
             targets[0].find(phrase)  # raises, and lists the words
-    made = []
-    for target in targets:
-        windows = torch.tensor(cross_replace).repeat(target.length, 1)
-        for phrase, window in (word_windows or {}).items():
-            if target.has(phrase):
-                windows[list(target.find(phrase))] = torch.tensor(window)
-        factors = torch.ones(target.length)
-        for phrase, factor in (weights or {}).items():
-            if not math.isfinite(factor):
-                raise RetraceError(f"The weight of '{phrase}' is {factor}; it needs a finite number.")
-            if target.has(phrase):
-                factors[list(target.find(phrase))] = factor
-        made.append(Target(target, token_map(source, target, mode, parity), windows, factors))
-    return PromptToPrompt(source, tuple(made), self_replace, self_limit, blend)
+    made = tuple(_target(source, target, settings) for target in targets)
+    return PromptToPrompt(source, made, settings.self_replace, settings.self_limit, blend)
+
+
+def _target(source: Prompt, prompt: Prompt, settings: PlanSettings) -> Target:
+    windows = torch.tensor(settings.cross_replace).repeat(prompt.length, 1)
+    for phrase, window in settings.word_windows.items():
+        if prompt.has(phrase):
+            windows[list(prompt.find(phrase))] = torch.tensor(window)
+    factors = torch.ones(prompt.length)
+    for phrase, factor in settings.weights.items():
+        if prompt.has(phrase):
+            factors[list(prompt.find(phrase))] = factor
+    return Target(prompt, settings.align(source, prompt, settings.mode), windows, factors)
 
 
 def attention_maps(q: Tensor, k: Tensor) -> Tensor:
@@ -132,22 +152,33 @@ def attention_maps(q: Tensor, k: Tensor) -> Tensor:
 
 @dataclass
 class Controller:
-    """An :class:`AttentionHook` for one run. ``step`` is the step that runs; set it as the run goes on.
+    """An :class:`AttentionHook` for one run of ``steps`` steps; :meth:`enter` a step before the network runs.
 
-    ``positive`` are the numbers of the conditions whose rows are edited (:attr:`Row.cond`); all other rows pass
-    untouched.
+    Rows of conditions other than the edited ones (:attr:`Row.cond`) pass untouched.
     """
 
     edit: PromptToPrompt
     steps: int
-    positive: Collection[int] = (0,)
-    step: int = 0
     maps: WordMaps | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.maps = WordMaps(self.edit.blend) if self.edit.blend is not None else None
+        self._step = 0
+        self._positive: Collection[int] = (0,)
         self._table: list[tuple[Tensor, Tensor, Tensor]] = []
         self._table_of: tuple[int, torch.device] | None = None
+
+    def enter(self, step: int) -> None:
+        """Step number ``step``, 0-based, is the one that runs."""
+        self._step = step
+
+    def edits(self, positive: Collection[int]) -> None:
+        """The numbers of the conditions whose rows are edited; without this call it is the first one."""
+        self._positive = positive
+
+    def blend(self, x: Tensor, done: int) -> Tensor:
+        """The batch ``[P, C, h, w]`` when ``done`` steps are done, after local blend where there is one."""
+        return x if self.maps is None or not done else self.maps.blend_latents(x, done, self.steps)
 
     def __call__(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         groups = self._groups(call)
@@ -178,14 +209,13 @@ class Controller:
 
     def _groups(self, call: AttentionCall) -> list[list[int]]:
         """Numbers of the batch rows to edit, source first; one list for each entry of the condition."""
-        rows = [n for n, row in enumerate(call.rows) if row.cond in self.positive]
+        rows = [n for n, row in enumerate(call.rows) if row.cond in self._positive]
         count = self.edit.prompts
         images = [call.rows[n].image for n in rows]
         if len(rows) % count or images != list(range(count)) * (len(rows) // count):
-            raise RetraceError(
+            raise InvalidInput(
                 f"Prompt-to-Prompt has {count} prompts (the source first), but the sampler works on a batch of "
-                f"{max(images, default=-1) + 1}. Give it one latent for each prompt: connect the LATENT output of "
-                "'Prompt-to-Prompt' to the sampler."
+                f"{max(images, default=-1) + 1}. Give it one latent for each prompt."
             )
         return [rows[n : n + count] for n in range(0, len(rows), count)]
 
@@ -196,21 +226,21 @@ class Controller:
             return k
         own, times = k[rows, :, :length], k.shape[2] // length
         if k.shape[2] % length or not torch.equal(k[rows], own.repeat(1, 1, times, 1)):
-            raise RetraceError(
+            raise InvalidInput(
                 f"The model attends to {k.shape[2]} tokens, but the prompts of Prompt-to-Prompt have {length}. Sample "
-                "with the positive conditioning of that node."
+                "with the conditioning that holds these prompts."
             )
         return k[:, :, :length]
 
     def _self_is_replaced(self, queries: int) -> bool:
         first, last = (int(share * self.steps) for share in self.edit.self_replace)
-        return first <= self.step < last and queries <= self.edit.self_limit**2
+        return first <= self._step < last and queries <= self.edit.self_limit**2
 
     def _cross_is_edited(self) -> bool:
-        return any(bool((target.factors(self.step, self.steps)[1] != 1).any()) for target in self.edit.targets)
+        return any(bool((target.factors(self._step, self.steps)[1] != 1).any()) for target in self.edit.targets)
 
     def _edit_maps(self, own: Tensor) -> Tensor:
-        """Maps ``[P, heads, N, T]`` as they shall be: eq. 4 (replace), its refinement, and eq. 5 (re-weighting)."""
+        """Maps ``[P, heads, N, T]`` edited: eq. 4 (replace), its refinement, and eq. 5 (re-weighting)."""
         edited = [own[:1]]
         for (mapper, of_source, of_own), target in zip(self._factors(own), own[1:], strict=True):
             edited.append(((own[0] @ mapper) * of_source + target * of_own)[None])
@@ -218,10 +248,10 @@ class Controller:
 
     def _factors(self, like: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Mapper and factors of every target at this step, on the device of ``like``; made once per step."""
-        if self._table_of != (self.step, like.device):
-            self._table_of = (self.step, like.device)
+        if self._table_of != (self._step, like.device):
+            self._table_of = (self._step, like.device)
             self._table = []
             for target in self.edit.targets:
-                of_source, of_own = target.factors(self.step, self.steps)
+                of_source, of_own = target.factors(self._step, self.steps)
                 self._table.append((target.tokens.mapper.to(like), of_source.to(like), of_own.to(like)))
         return self._table

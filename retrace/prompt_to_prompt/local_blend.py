@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core.errors import RetraceError
+from ..core.errors import InvalidSetting, RetraceError
 from ..core.host import AttentionCall
 from ..core.prompt import Prompt
 
@@ -20,7 +20,7 @@ Places = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class LocalBlend:
-    """``words`` select what may change in every picture of the batch, ``subtract`` what may not after all.
+    """``words`` select what may change in every image of the batch, ``subtract`` what may not after all.
 
     A cell belongs to the words where their map, relative to its own maximum, exceeds ``threshold``; so it may change
     when it belongs to them in the source or in the target. Before the share ``start`` of the steps nothing is blended.
@@ -35,41 +35,67 @@ class LocalBlend:
     def __post_init__(self) -> None:
         for name in ("threshold", "subtract_threshold", "start"):
             if not 0 <= getattr(self, name) <= 1:
-                raise RetraceError(f"Local blend: {name} is {getattr(self, name)}; it needs a number from 0 to 1.")
+                raise InvalidSetting(f"Local blend: {name} is {getattr(self, name)}; it needs a number from 0 to 1.")
 
 
-def local_blend(
-    prompts: Sequence[Prompt],
-    words: Sequence[str],
-    subtract: Sequence[str] = (),
-    threshold: float = 0.3,
-    start: float = 0.2,
-) -> LocalBlend | None:
+@dataclass(frozen=True)
+class BlendWords:
+    """A local blend in words: what may change, and what stays although it overlaps.
+
+    Each is a list of words for all prompts, or one list for each prompt, the source first. ``keep_threshold`` None is
+    ``threshold``.
+    """
+
+    words: Sequence[str] | Sequence[Sequence[str]] = ()
+    keep: Sequence[str] | Sequence[Sequence[str]] = ()
+    threshold: float = 0.3
+    keep_threshold: float | None = None
+    start: float = 0.2
+
+
+def local_blend(prompts: Sequence[Prompt], asked: BlendWords) -> LocalBlend | None:
     """A local blend from words; each must be in at least one of ``prompts`` (the source first). None without words.
 
     Raises:
-        RetraceError: a word that no prompt has (lists those of the source), words to keep without words to change.
+        RetraceError: a word that no prompt has (lists those of the source), lists for another number of prompts, or
+            words to keep without words to change.
     """
-    if not words:
-        if subtract:
+    words, keep = (_by_prompt(given, len(prompts)) for given in (asked.words, asked.keep))
+    if not any(words):
+        if any(keep):
             raise RetraceError(
                 "Local blend has words that stay but none that may change. Name the words of what may change as well."
             )
         return None
-    return LocalBlend(_places(prompts, words), _places(prompts, subtract), threshold, threshold, start)
+    keep_threshold = asked.threshold if asked.keep_threshold is None else asked.keep_threshold
+    return LocalBlend(_places(prompts, words), _places(prompts, keep), asked.threshold, keep_threshold, asked.start)
 
 
-def _places(prompts: Sequence[Prompt], words: Sequence[str]) -> Places:
+def _by_prompt(given: Sequence[str] | Sequence[Sequence[str]], prompts: int) -> list[tuple[str, ...]]:
+    """The words to look for in each prompt."""
+    lists = [(words,) if isinstance(words, str) else tuple(words) for words in given]
+    if all(isinstance(words, str) for words in given):
+        return [tuple(word for (word,) in lists)] * prompts
+    if len(lists) != prompts:
+        raise RetraceError(
+            f"Local blend has words for {len(lists)} prompts, but there are {prompts} (the source first). Give one "
+            "list for all of them, or one for each."
+        )
+    return lists
+
+
+def _places(prompts: Sequence[Prompt], words: Sequence[Sequence[str]]) -> Places:
     rows: list[set[int]] = [set() for _ in prompts]
-    for word in words:
-        missing = 0
-        for row, prompt in zip(rows, prompts, strict=True):
+    found: set[str] = set()
+    for row, prompt, own in zip(rows, prompts, words, strict=True):
+        for word in own:
             if prompt.has(word):
                 row.update(prompt.find(word))
-            else:
-                missing += 1
-        if missing == len(prompts):
-            prompts[0].find(word)  # raises, and lists the words
+                found.add(word)
+    for prompt, own in zip(prompts, words, strict=True):
+        for word in own:
+            if word not in found:
+                prompt.find(word)  # raises, and lists the words
     return tuple(tuple(sorted(row)) for row in rows)
 
 
@@ -98,7 +124,7 @@ class WordMaps:
     def mean(self, height: int, width: int) -> Tensor:
         """Mean maps ``[2, P, h, w]`` of the layers with a quarter of the latent's side, but at least 16 x 16 cells.
 
-        For a picture of 512 px in SD1.5 these are the reference's. Where a model has no such layer it is the nearest
+        For an image of 512 px in SD1.5 these are the reference's. Where a model has no such layer it is the nearest
         one that does cross-attention.
         """
         if not self._sums:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
-from ..core.errors import RetraceError
+from ..core.errors import InvalidSetting
 
 Kind = Literal["hard", "soft"]
-KINDS: tuple[Kind, ...] = ("hard", "soft")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Proximal:
 
     def __post_init__(self) -> None:
         if not 0 <= self.quantile < 1:
-            raise RetraceError(f"Proximal guidance: the quantile is {self.quantile}; it needs 0 (off) up to below 1.")
+            raise InvalidSetting(f"Proximal guidance: the quantile is {self.quantile}; it needs 0 (off) up to below 1.")
         if self.kind not in KINDS:
-            raise RetraceError(f"Proximal guidance: got '{self.kind}', but one of {', '.join(KINDS)} is needed.")
+            raise InvalidSetting(f"Proximal guidance: got '{self.kind}', but one of {', '.join(KINDS)} is needed.")
 
     def shrink(self, change: Tensor) -> Tensor:
         """``change`` ``[B, C, h, w]`` without its small entries, image by image."""

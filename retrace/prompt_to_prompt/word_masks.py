@@ -1,4 +1,4 @@
-"""Where in a picture the model sees a word: cross-attention maps along its inversion (Hertz et al. 2023, figure 4)."""
+"""Where in an image the model sees a word: cross-attention maps along its inversion (Hertz et al. 2023, figure 4)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core.checks import check_steps
-from ..core.host import AttentionCall, Conditioning, Denoiser
+from ..core.host import AttentionCall, AttentionDenoiser, Conditioning
 from ..core.trajectory import Trajectory
 from .control import attention_maps
 from .local_blend import LocalBlend, WordMaps
 
 
 def word_maps(
-    model: Denoiser, trajectory: Trajectory, cond: Conditioning, places: Sequence[tuple[int, ...]], levels: int = 10
+    model: AttentionDenoiser,
+    trajectory: Trajectory,
+    cond: Conditioning,
+    places: Sequence[tuple[int, ...]],
+    levels: int = 10,
 ) -> Tensor:
     """Maps ``[B, K, h, w]`` of K words for the B images of ``trajectory``, on the grid of the latent, 0..1.
 

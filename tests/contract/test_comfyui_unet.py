@@ -60,13 +60,13 @@ def test_prompt_to_prompt_keeps_patches_that_come_after_it(comfy_subject: Any, k
 
     from retrace import prompt_to_prompt as p2p
     from retrace.hosts.comfyui.patches.prompt_to_prompt import patch_prompt_to_prompt
-    from retrace.hosts.comfyui.prompts import encode_prompts
+    from retrace.hosts.comfyui.prompts import TokenisedPrompts
 
     host = comfy_subject.host
     texts = ["a red circle", "a blue circle"]
     prompts = host.read_prompts(texts)
     edit = p2p.plan(prompts[0], prompts[1:])
-    conds = (encode_prompts(host.clip, texts), encode_prompts(host.clip, [""]), torch.zeros(2, 4, 16, 16))
+    conds = (TokenisedPrompts(host.clip, texts).encode(), TokenisedPrompts(host.clip, [""]).encode(), torch.zeros(2, 4, 16, 16))
 
     def silenced(model: Any) -> Any:
         clone = model.clone()

@@ -145,7 +145,7 @@ class TestInsideComfyUI:
     def test_levels_share_a_call_only_where_nothing_depends_on_them(self, comfy_subject: Any) -> None:
         import node_helpers
 
-        from retrace.hosts.comfyui.runs.edit_friendly import levels_may_mix
+        from retrace.hosts.comfyui.conditioning import levels_may_mix
 
         host = comfy_subject.host
         plain = host.encode_text(PROMPTS[0])

@@ -211,13 +211,13 @@ class TestCoreSamplers:
         from retrace import prompt_to_prompt as p2p
         from retrace.hosts.comfyui.patches.prompt_to_prompt import patch_prompt_to_prompt
         from retrace.hosts.comfyui.patches.reference_kv import patch_reference_kv
-        from retrace.hosts.comfyui.prompts import encode_prompts
+        from retrace.hosts.comfyui.prompts import TokenisedPrompts
 
         host = comfy_subject.host
         texts = ["a red circle", "a blue circle"]
         prompts = host.read_prompts(texts)
         edit = p2p.plan(prompts[0], prompts[1:])
-        positive, encode = encode_prompts(host.clip, texts), host.encode_text
+        positive, encode = TokenisedPrompts(host.clip, texts).encode(), host.encode_text
         host.encode_text = lambda text: positive if text else encode(text)
         try:
             edited, first, last = (

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ...core.checks import check_mask, describe
 from ...core.errors import InvalidImage, InvalidPoints, RetraceError, is_out_of_memory
-from ...core.host import Conditioning, Denoiser, variance_scale
-from ...inversion.invert import Method, invert
+from ...core.host import Conditioning, FeatureDenoiser, variance_scale
+from ...inversion.invert import InversionSettings, Method, invert
 from ...masks import latent_mask
 from ..points import DragPoints
 from .gooddrag import GoodDragOptions, good_drag, levels_of
@@ -76,7 +76,7 @@ class DragSettings:
 
 
 def drag_points(
-    model: Denoiser,
+    model: FeatureDenoiser,
     latent: Tensor,
     sigmas: Tensor,
     cond: Conditioning,
@@ -128,7 +128,7 @@ def drag_points(
     if inversion is not None:
         # To the reference the picture lies at its lowest level, above zero, with the variance that latents have there.
         last = variance_scale(float(sigmas[-1]), model.parametrisation) if settings.parity else 1.0
-        x = invert(model, latent * last, sigmas, cond, inversion).noise
+        x = invert(model, latent * last, sigmas, cond, InversionSettings(inversion)).noise
     try:
         return _run(task, x, sigmas, options)
     except Exception as error:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import InvalidImage, RetraceError, UnsupportedModel
-from ...core.host import Conditioning, Denoiser, guided, variance_scale
+from ...core.host import Conditioning, FeatureDenoiser, guided, variance_scale
 from ...core.sampling import ddim_step
 from .motion import FeatureGrid
 
@@ -53,7 +53,7 @@ class DragTask:
     :meth:`Denoiser.differentiable`.
     """
 
-    model: Denoiser
+    model: FeatureDenoiser
     cond: Conditioning
     handles: Tensor
     targets: Tensor
@@ -149,7 +149,7 @@ class Changes:
         return True
 
 
-def choose_block(model: Denoiser, block: str) -> str:
+def choose_block(model: FeatureDenoiser, block: str) -> str:
     """The feature block: ``"auto"`` is the last but one of the decoder, the paper's choice (``up.2`` of SD 1.5).
 
     Raises:

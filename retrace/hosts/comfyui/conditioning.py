@@ -8,46 +8,60 @@ import torch
 from torch import Tensor
 
 from ...core.checks import describe
-from ...core.errors import RetraceError, UnsupportedModel
+from ...core.errors import InvalidInput, Remedy, UnsupportedModel
 from .plain import alias
+from .types import ConditioningList, Model, Options
 
+# Core looks at the first row of a batch only to decide whether or how these act.
+_TIMED = {"start_percent", "end_percent", "clip_start_percent", "clip_end_percent", "hooks", "control"}
 TEXT = "c_crossattn"  # where core keeps the token embeddings that cross-attention reads
 
 
-def require_conditioning(name: str, value: Any) -> list[Any]:
-    """The entries of a CONDITIONING; raises RetraceError for anything else."""
+def require_conditioning(name: str, value: object) -> ConditioningList:
+    """The entries of a CONDITIONING; raises InvalidInput for anything else."""
     if not isinstance(value, list) or not value:
-        raise RetraceError(
-            f"{name}: got {describe(value)}, but a CONDITIONING is needed. Connect a 'CLIP Text Encode'."
-        )
+        raise InvalidInput(f"{name}: got {describe(value)}, but a CONDITIONING is needed.", Remedy.CONNECT_PROMPT)
     return value
 
 
-def part_of_steps(options: dict[str, Any]) -> tuple[float, float] | None:
+def part_of_steps(options: Options) -> tuple[float, float] | None:
     """From where to where, 0 to 1, an entry of a CONDITIONING with these options holds; None for all steps."""
     start = max(options.get(key) or 0.0 for key in ("start_percent", "clip_start_percent"))
     end = min(options.get(key, 1.0) for key in ("end_percent", "clip_end_percent"))
     return (start, end) if start > 0 or end < 1 else None
 
 
-def require_one_prompt(name: str, conditioning: Any, why: str) -> None:
-    """Raise RetraceError unless a CONDITIONING is one prompt for the whole picture at all noise levels.
+def require_one_prompt(name: str, conditioning: object, why: str) -> None:
+    """Raise InvalidInput unless a CONDITIONING is one prompt for the whole image at all noise levels.
 
     ``why`` completes the sentence "... must be one prompt, because ...".
     """
-    options = require_conditioning(name, conditioning)[0][1]
+    entries = require_conditioning(name, conditioning)
+    options = entries[0][1]
     part, found = part_of_steps(options), None
-    if len(conditioning) > 1:
-        found = f"{len(conditioning)} prompts"
+    if len(entries) > 1:
+        found = f"{len(entries)} prompts"
     elif any(options.get(key) is not None for key in ("area", "mask")):
-        found = "a prompt for a part of the picture"
+        found = "a prompt for a part of the image"
     elif part:
         found = f"a prompt for a part of the steps ({part[0]:g} to {part[1]:g})"
     if found:
-        raise RetraceError(
-            f"{name}: this CONDITIONING holds {found}, but it must be one prompt for the whole picture and all steps, "
-            f"because {why}. Connect one 'CLIP Text Encode'."
+        raise InvalidInput(
+            f"{name}: this CONDITIONING holds {found}, but it must be one prompt for the whole image and all steps, "
+            f"because {why}.",
+            Remedy.CONNECT_PROMPT,
         )
+
+
+def levels_may_mix(model: Model, *conditionings: ConditioningList) -> bool:
+    """Whether latents of different noise levels may share a call: no time ranges, hooks, ControlNets or patches."""
+    options = model.model_options
+    patched = (
+        any(options.get("transformer_options", {}).values())
+        or "model_function_wrapper" in options
+        or any(wrappers for kind in model.wrappers.values() for wrappers in kind.values())
+    )
+    return not patched and not any(_TIMED & entry[1].keys() for conds in conditionings for entry in conds)
 
 
 class ComfyConditioning:

@@ -20,6 +20,7 @@ from ...core.host import AttentionHook, Conditioning, LowRank, Parametrisation
 from ..common.adapters import adapted, shape_of
 from ..common.cut import NetworkCut, cut_after
 from ..common.recompute import recomputed
+from .calls import NetworkCall
 from .conditioning import ComfyConditioning
 from .gradients import ConstantControl, constant_controls, differentiable_attention, gradient_mode, settle_hooks
 from .network.attention import install_attention
@@ -27,13 +28,14 @@ from .network.features import FeatureRecorder
 from .network.lora import projection_layers
 from .network.unet import feature_blocks, feature_layer
 from .plain import alias
+from .types import Executor, Model, Options
 
 
 class ComfyDenoiser:
     """The model that core has loaded for one :meth:`ComfyHost.run`. Latents are float32 in the model's scale."""
 
     def __init__(
-        self, patcher: Any, model: Any, model_options: dict[str, Any], parametrisation: Parametrisation, gradients: bool
+        self, patcher: Model, model: Any, model_options: Options, parametrisation: Parametrisation, gradients: bool
     ) -> None:
         self.parametrisation = parametrisation
         self.device: torch.device = patcher.load_device
@@ -140,7 +142,7 @@ class ComfyDenoiser:
     def features_of(self, x: Tensor, sigma: Tensor | float, cond: Conditioning, block: str) -> Tensor:
         """The output ``[B, C, h, w]`` of ``block``; the network is not run beyond it.
 
-        Meant for conditions of one entry that holds for the whole picture. Raises
+        Meant for conditions of one entry that holds for the whole image. Raises
         :class:`UnsupportedModel` without a UNet, RetraceError for a block that it does not have.
         """
         with cut_after(feature_layer(self.model.diffusion_model, block)):
@@ -151,7 +153,7 @@ class ComfyDenoiser:
         raise RetraceError(f"The network ran without its block '{block}'. Another node may have replaced its forward.")
 
     @contextmanager
-    def with_options(self, options: dict[str, Any]) -> Iterator[None]:
+    def with_options(self, options: Options) -> Iterator[None]:
         """Inside, the network runs with ``options`` (a changed clone of :attr:`options`)."""
         before, self.options = self.options, options
         try:
@@ -159,17 +161,17 @@ class ComfyDenoiser:
         finally:
             self.options = before
 
-    def _apply(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+    def _apply(self, executor: Executor, *args: Any, **kwargs: Any) -> Any:
         """Around every pass of the network: count its rows and say which conditions they belong to."""
-        x = args[0] if args else kwargs["x"]
-        options = args[5] if len(args) > 5 else kwargs.get("transformer_options", {})
-        self.evaluations += int(x.shape[0])
+        call = NetworkCall(args, kwargs)
+        options: Options = call["transformer_options"] or {}
+        self.evaluations += int(call["x"].shape[0])
         for recorder in self._recorders:
             recorder.observe(list(options.get("cond_or_uncond", [0])))
-        return executor(*args, **kwargs)
+        return call.run(executor)
 
 
-def _entries(cond: Conditioning) -> list[dict[str, Any]]:
+def _entries(cond: Conditioning) -> list[Options]:
     if not isinstance(cond, ComfyConditioning):
         raise RetraceError(
             f"ComfyUI's model cannot take a condition of type {type(cond).__name__}. Pass the conditions that run() "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import InvalidImage, RetraceError
-from ...core.host import Conditioning, Denoiser, Parametrisation
+from ...core.host import Conditioning, Parametrisation, UNetDenoiser
 from ...core.prompt import Prompt
 from . import gradients as gradient_modes
 from . import plain, sampling
@@ -21,7 +21,8 @@ from .autoencoder import ComfyAutoencoder
 from .conditioning import ComfyConditioning
 from .denoiser import ComfyDenoiser
 from .fingerprint import fingerprint as model_fingerprint
-from .prompts import encode_prompts, read_prompts
+from .prompts import TokenisedPrompts
+from .types import Clip, ConditioningList, Model, ModelSampling, Network, Options, Vae
 
 T = TypeVar("T")
 
@@ -35,13 +36,13 @@ class ComfyHost:
 
     name = "comfyui"
 
-    def __init__(self, model: Any, clip: Any = None, vae: Any = None) -> None:
+    def __init__(self, model: Model, clip: Clip = None, vae: Vae = None) -> None:
         """``model`` is a MODEL (ModelPatcher). Raises :class:`UnsupportedModel` for predictions other
         than eps, v and flow."""
         self.model = model
         self.clip = clip
         self.vae = vae
-        self.parametrisation: Parametrisation = sampling.parametrisation(self._sampling)
+        self.parametrisation: Parametrisation = sampling.parametrisation(self.model_sampling)
         self.latent_channels = int(self._format.latent_channels)
         scale = getattr(self._format, "scale_factor", 1.0)
         self.latent_format = f"{self.latent_channels} channels, scale {float(scale):.5g}"
@@ -50,8 +51,14 @@ class ComfyHost:
         self._running: Any = None  # the patcher of the run in progress, which must stay loaded beside the VAE
 
     @property
-    def _sampling(self) -> Any:
+    def model_sampling(self) -> ModelSampling:
+        """Core's noise schedule of the model, with what nodes patched into it."""
         return self.model.get_model_object("model_sampling")
+
+    @property
+    def network(self) -> Network:
+        """The diffusion network itself."""
+        return self.model.model.diffusion_model
 
     @property
     def _format(self) -> Any:
@@ -66,11 +73,11 @@ class ComfyHost:
 
     def training_sigmas(self) -> Tensor:
         """Noise levels of the training timesteps, ascending ``[T]``."""
-        return sampling.training_sigmas(self._sampling)
+        return sampling.training_sigmas(self.model_sampling)
 
     def sigmas(self, scheduler: str, steps: int) -> Tensor:
         """Descending noise levels of core's scheduler of that name, the last one 0 (see ``scheduled_sigmas``)."""
-        return sampling.scheduled_sigmas(self._sampling, scheduler, steps)
+        return sampling.scheduled_sigmas(self.model_sampling, scheduler, steps)
 
     def fingerprint(self) -> str:
         """A short digest of weights, LoRAs and prediction: equal for equal models (see ``fingerprint.py``)."""
@@ -86,18 +93,19 @@ class ComfyHost:
         """A latent of the protocol as ``samples`` for a LATENT socket."""
         return self._format.process_out(latent)  # type: ignore[no-any-return]
 
-    def encode_text(self, prompt: str | Sequence[str]) -> Any:
+    def encode_text(self, prompt: str | Sequence[str]) -> ConditioningList:
         """The prompt as CONDITIONING, or several for the images of a batch, with the syntax of core's text encode."""
         clip = self._need("clip", "encode a prompt")
         if not isinstance(prompt, str):
-            return encode_prompts(clip, prompt)
+            return TokenisedPrompts(clip, prompt).encode()
         with torch.inference_mode():
-            cond = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
-        return plain.change_tensors(cond, plain.alias)
+            cond: ConditioningList = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+        ordinary: ConditioningList = plain.change_tensors(cond, plain.alias)
+        return ordinary
 
     def read_prompts(self, prompts: Sequence[str]) -> list[Prompt]:
         """The words of ``prompts`` and their places in what :meth:`encode_text` makes of all of them."""
-        return read_prompts(self._need("clip", "read a prompt"), prompts)
+        return TokenisedPrompts(self._need("clip", "read a prompt"), prompts).read()
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Images ``[B, H, W, 3]`` in 0..1 to latents (posterior mean) ``[B, C, h, w]``.
@@ -143,7 +151,7 @@ class ComfyHost:
         self,
         latent: Tensor,
         conds: Mapping[str, Any],
-        method: Callable[[Denoiser, Tensor, Mapping[str, Conditioning]], T],
+        method: Callable[[UNetDenoiser, Tensor, Mapping[str, Conditioning]], T],
         *,
         gradients: bool = False,
     ) -> T:
@@ -164,13 +172,14 @@ class ComfyHost:
         guider.inner_set_conds(dict(conds))
         # Core scales what it is given by process_latent_in, for inpainting models; the method gets `latent` itself.
         image = self.from_model_scale(latent)
-        levels = torch.tensor([float(self._sampling.sigma_max), 0.0])
+        levels = torch.tensor([float(self.model_sampling.sigma_max), 0.0])
         before = self._running
         try:
             guider.sample(torch.zeros_like(image), image, sampler, levels, disable_pbar=True)
         finally:
             self._running = before
-        return sampler.outcome  # type: ignore[no-any-return]
+        outcome: T = sampler.outcome
+        return outcome
 
     def _check(self, latent: Tensor) -> None:
         if getattr(latent, "is_nested", False) or latent.ndim != 4 or latent.shape[1] != self.latent_channels:
@@ -214,7 +223,7 @@ class _MethodSampler(comfy.samplers.Sampler):
         self,
         model_wrap: Any,
         sigmas: Tensor,
-        extra_args: dict[str, Any],
+        extra_args: Options,
         callback: Any,
         noise: Tensor,
         latent_image: Tensor | None = None,

@@ -10,6 +10,7 @@ import torch
 from ...core.errors import UnsupportedModel
 from ...core.prompt import Prompt, read_prompt
 from . import plain
+from .types import Clip, ConditioningList
 
 MARK = "retrace_prompts"
 """In the options of a CONDITIONING: it holds a prompt for each image of an edit."""
@@ -17,37 +18,47 @@ MARK = "retrace_prompts"
 Tokens = dict[str, list[list[Any]]]
 
 
-def read_prompts(clip: Any, prompts: Sequence[str]) -> list[Prompt]:
-    """The words of ``prompts`` in embeddings of equal length, as :func:`encode_prompts` makes them.
+class TokenisedPrompts:
+    """Prompts for the images of a batch, cut into tokens once, with equally many chunks for each.
 
-    Raises :class:`UnsupportedModel` for text encoders that are not CLIP's.
+    Raises:
+        UnsupportedModel: from :meth:`read` for text encoders that are not CLIP's, from :meth:`encode` for LoRA hooks
+            with a schedule.
     """
-    tables = _tokenize(clip, prompts)
-    names = _tokenizers(clip, tables[0])
-    return [read_prompt(text, _pieces(table, names)) for text, table in zip(prompts, tables, strict=True)]
+
+    def __init__(self, clip: Clip, prompts: Sequence[str]) -> None:
+        self.clip = clip
+        self.prompts = tuple(prompts)
+        self.tables = _tokenize(clip, prompts)
+
+    def read(self) -> list[Prompt]:
+        """The words of the prompts and their places in what :meth:`encode` makes of all of them."""
+        encoder = _tokenizers(self.clip, self.tables[0])
+        return [
+            read_prompt(text, _pieces(table, encoder)) for text, table in zip(self.prompts, self.tables, strict=True)
+        ]
+
+    def encode(self) -> ConditioningList:
+        """CONDITIONING with one entry whose embedding is ``[P, T, D]``: prompt p for image p of a batch.
+
+        Core's syntax for weights and embeddings works. Shorter prompts are filled up with chunks of the empty prompt.
+        """
+        with torch.inference_mode():
+            parts = [self.clip.encode_from_tokens_scheduled(table) for table in self.tables]
+        if any(len(part) != 1 for part in parts):
+            raise UnsupportedModel(
+                "The text encoder carries LoRA hooks with a schedule, which gives several conditions for one prompt. "
+                "Connect a CLIP without them."
+            )
+        embeddings = torch.cat([plain.alias(part[0][0]) for part in parts])
+        options = {**parts[0][0][1], MARK: True}
+        pooled = [part[0][1].get("pooled_output") for part in parts]
+        if all(p is not None for p in pooled):
+            options["pooled_output"] = torch.cat([plain.alias(p) for p in pooled])
+        return [[embeddings, options]]
 
 
-def encode_prompts(clip: Any, prompts: Sequence[str]) -> Any:
-    """CONDITIONING with one entry whose embedding is ``[P, T, D]``: prompt p for image p of a batch.
-
-    Core's syntax for weights and embeddings works. Shorter prompts are filled up with chunks of the empty prompt.
-    """
-    with torch.inference_mode():
-        parts = [clip.encode_from_tokens_scheduled(table) for table in _tokenize(clip, prompts)]
-    if any(len(part) != 1 for part in parts):
-        raise UnsupportedModel(
-            "The text encoder carries LoRA hooks with a schedule, which gives several conditions for one prompt. "
-            "Connect a CLIP without them."
-        )
-    embeddings = torch.cat([plain.alias(part[0][0]) for part in parts])
-    options = {**parts[0][0][1], MARK: True}
-    pooled = [part[0][1].get("pooled_output") for part in parts]
-    if all(p is not None for p in pooled):
-        options["pooled_output"] = torch.cat([plain.alias(p) for p in pooled])
-    return [[embeddings, options]]
-
-
-def _tokenize(clip: Any, prompts: Sequence[str]) -> list[Tokens]:
+def _tokenize(clip: Clip, prompts: Sequence[str]) -> list[Tokens]:
     """Core's token tables, with equally many chunks for each prompt."""
     tables: list[Tokens] = [clip.tokenize(prompt, return_word_ids=True) for prompt in prompts]
     empty: Tokens = clip.tokenize("", return_word_ids=True)
@@ -57,7 +68,7 @@ def _tokenize(clip: Any, prompts: Sequence[str]) -> list[Tokens]:
     ]
 
 
-def _tokenizers(clip: Any, table: Tokens) -> tuple[str, Any]:
+def _tokenizers(clip: Clip, table: Tokens) -> tuple[str, Any]:
     """Name of the encoder in the table, and its tokenizer; two CLIP encoders cut a prompt alike."""
     for name in table:
         tokenizer = getattr(clip.tokenizer, f"clip_{name}", None)

@@ -12,6 +12,53 @@ from torch import Tensor
 from ...core.errors import InvalidSchedule, UnsupportedModel
 from ...core.host import Parametrisation
 
+RETRACING_SAMPLERS = ("ddim", "euler")
+"""Samplers that walk an inverted path back step by step."""
+
+STOCHASTIC_SAMPLERS = frozenset(
+    {
+        "euler_ancestral",
+        "euler_ancestral_cfg_pp",
+        "dpm_2_ancestral",
+        "dpmpp_2s_ancestral",
+        "dpmpp_2s_ancestral_cfg_pp",
+        "dpmpp_sde",
+        "dpmpp_sde_gpu",
+        "dpmpp_2m_sde",
+        "dpmpp_2m_sde_gpu",
+        "dpmpp_2m_sde_heun",
+        "dpmpp_2m_sde_heun_gpu",
+        "dpmpp_3m_sde",
+        "dpmpp_3m_sde_gpu",
+        "exp_heun_2_x0_sde",
+        "res_multistep_ancestral",
+        "res_multistep_ancestral_cfg_pp",
+        "ddpm",
+        "lcm",
+        "er_sde",
+        "seeds_2",
+        "seeds_3",
+        "sa_solver",
+        "sa_solver_pece",
+    }
+)
+"""Samplers that add fresh noise while they run (with their default options)."""
+
+
+def require_deterministic(sampler_name: str) -> None:
+    """Refuse a sampler that adds noise on its way: it cannot come back to the image that was inverted.
+
+    Names that core does not have are refused when they say so themselves ("ancestral", "sde").
+
+    Raises:
+        InvalidSchedule: the sampler is stochastic; the message names it and those that retrace.
+    """
+    if sampler_name in STOCHASTIC_SAMPLERS or not {"ancestral", "sde"}.isdisjoint(sampler_name.lower().split("_")):
+        raise InvalidSchedule(
+            f"The sampler '{sampler_name}' adds fresh noise at every step, so it cannot retrace an inverted image. "
+            f"Choose one of: {', '.join(RETRACING_SAMPLERS)}."
+        )
+
 
 def parametrisation(model_sampling: Any) -> Parametrisation:
     """``eps``, ``v`` or ``flow``; raises :class:`UnsupportedModel` for any other formula.

@@ -24,7 +24,7 @@ T = TypeVar("T")
 ProgressCallback = Callable[[int, int, Tensor | None], None]
 
 
-class UNetDenoiser:
+class DiffusersDenoiser:
     """``D(x, sigma, cond)`` of a discrete eps or v model with a diffusers UNet."""
 
     def __init__(

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import InvalidImage, UnsupportedModel, is_out_of_memory
-from ...core.host import Conditioning, Denoiser, Parametrisation
+from ...core.host import Conditioning, Parametrisation, UNetDenoiser
 from ...core.prompt import Prompt
 from ..common.private_decoder import private_decoder
-from .denoiser import ProgressCallback, UNetDenoiser, detached, prepare
+from .denoiser import DiffusersDenoiser, ProgressCallback, detached, prepare
 from .loading import Parts, load_parts
 from .noise_schedule import SCHEDULERS, NoiseSchedule
 from .text import TextCondition, TextEncoder
@@ -207,7 +207,7 @@ class DiffusersHost:
         self,
         latent: Tensor,
         conds: Mapping[str, Any],
-        method: Callable[[Denoiser, Tensor, Mapping[str, Conditioning]], T],
+        method: Callable[[UNetDenoiser, Tensor, Mapping[str, Conditioning]], T],
         *,
         gradients: bool = False,
     ) -> T:
@@ -226,7 +226,7 @@ class DiffusersHost:
             )
         if not bool(torch.isfinite(latent).all()):
             raise InvalidImage("The latent holds NaN or infinite values. Look for them where it was made.")
-        denoiser = UNetDenoiser(
+        denoiser = DiffusersDenoiser(
             self.unet, self._schedule, self.parametrisation, self.downscale, self.progress, gradients
         )
         # Ordinary tensors, also where the caller is in inference mode, as ComfyUI is: a method may need gradients.

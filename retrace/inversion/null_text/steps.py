@@ -10,25 +10,15 @@ from torch import Tensor
 
 from ...core.host import Conditioning, Denoiser, guided, variance_scale
 from ...core.sampling import ddim_step, require_finite
+from .settings import REFERENCE_STEPS, NullTextSettings
 
 THRESHOLD_GROWTH = 2e-5  # by which the reference's early-stop threshold grows per step of 50
-REFERENCE_STEPS = 50
 # Half-precision networks would round the gradient of a mean to 0. A power of two changes no digit of it.
 GRADIENT_SCALE = 2.0**14
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a user may choose; see :func:`retrace.inversion.null_text.optimise.optimise_null_text`."""
-
-    inner_steps: int
-    learning_rate: float
-    early_stop: float
-    parity: bool
-
-
 @dataclass
-class Step:
+class OptimisedStep:
     """One finished step: the embedding ``[B, T, D]``, the guided estimate that advances, the losses ``[k, B]``."""
 
     embedding: Tensor
@@ -46,7 +36,7 @@ class Outcome:
     iterations: list[int] = field(default_factory=list)
     latent: Tensor | None = None
 
-    def add(self, step: Step) -> None:
+    def add(self, step: OptimisedStep) -> None:
         self.embeddings.append(step.embedding)
         self.losses.append(step.losses)
         self.iterations.append(step.iterations)
@@ -60,15 +50,13 @@ class Outcome:
 
 @dataclass
 class Optimisation:
-    """The problem of all steps: ``varied`` changes its embedding, ``fixed`` does not; ``null`` says which is uncond."""
+    """The problem of all steps: ``varied`` changes its embedding, ``fixed`` does not."""
 
     model: Denoiser
     fixed: Conditioning
     varied: Conditioning
     levels: list[float]
-    scale: float
-    null: bool
-    settings: Settings
+    settings: NullTextSettings
     backwards: int = 0
 
     def embedding(self, batch: int, start: Tensor | None = None) -> Tensor:
@@ -77,7 +65,8 @@ class Optimisation:
         return source.detach().to(self.model.device, torch.float32).expand(batch, -1, -1).clone()
 
     def guide(self, varied: Tensor, fixed: Tensor) -> Tensor:
-        return guided(varied, fixed, self.scale) if self.null else guided(fixed, varied, self.scale)
+        uncond, cond = (fixed, varied) if self.settings.changes_prompt else (varied, fixed)
+        return guided(uncond, cond, self.settings.scale)
 
     def both(self, i: int, x: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
         """The varied and the fixed estimate at step i, in one batch where the host can."""
@@ -102,15 +91,18 @@ class Optimisation:
             varied = self.model.denoised(x, self.levels[i], self.varied.with_embedding(embedding))
             return varied, self.error(i, x, self.guide(varied, fixed), target)
 
+    @property
+    def schedule_steps(self) -> int:
+        """How many steps the learning rate and the threshold are spread over."""
+        return self.settings.schedule_steps or len(self.levels) - 1
+
     def rate(self, i: int) -> float:
-        steps = REFERENCE_STEPS if self.settings.parity else len(self.levels) - 1
-        return self.settings.learning_rate * (1 - i / (2 * steps))
+        return self.settings.learning_rate * (1 - i / (2 * self.schedule_steps))
 
     def threshold(self, i: int) -> float:
         if self.settings.early_stop == 0:
             return 0.0
-        steps = REFERENCE_STEPS if self.settings.parity else len(self.levels) - 1
-        return self.settings.early_stop + THRESHOLD_GROWTH * i * REFERENCE_STEPS / steps
+        return self.settings.early_stop + THRESHOLD_GROWTH * i * REFERENCE_STEPS / self.schedule_steps
 
     def adam(self, embedding: Tensor, rate: float) -> torch.optim.Adam:
         return torch.optim.Adam([embedding], lr=rate)
@@ -128,14 +120,14 @@ class Optimisation:
                 embedding.copy_(torch.where(active.view(-1, 1, 1), embedding, held))
 
 
-def reference_step(task: Optimisation, i: int, x: Tensor, target: Tensor, start: Tensor) -> Step:
+def reference_step(task: Optimisation, i: int, x: Tensor, target: Tensor, start: Tensor) -> OptimisedStep:
     """As in the authors' notebook: change, then look at the loss from before the change; then evaluate both again."""
     fixed = task.model.denoised(x, task.levels[i], task.fixed)
     embedding = start.detach().clone()
     adam = task.adam(embedding, task.rate(i))
     active = torch.ones(len(x), dtype=torch.bool, device=x.device)
     history: list[Tensor] = []
-    for _ in range(task.settings.inner_steps):
+    for _ in range(task.settings.iterations):
         _, losses = task.losses(i, x, fixed, target, embedding)
         task.change(adam, embedding, losses, active)
         history.append(losses.detach())
@@ -145,23 +137,23 @@ def reference_step(task: Optimisation, i: int, x: Tensor, target: Tensor, start:
         task.model.progress(i, len(task.levels) - 1)
     embedding = embedding.detach()
     varied, fixed = task.both(i, x, embedding)
-    return Step(embedding, task.guide(varied, fixed), torch.stack(history), len(history))
+    return OptimisedStep(embedding, task.guide(varied, fixed), torch.stack(history), len(history))
 
 
-def quick_step(task: Optimisation, i: int, x: Tensor, target: Tensor, start: Tensor, free: bool) -> Step:
+def quick_step(task: Optimisation, i: int, x: Tensor, target: Tensor, start: Tensor, at_prompt: bool) -> OptimisedStep:
     """Look before each change, keep the best embedding of each image, and advance with the estimate it gave.
 
-    ``free`` says that the conditional estimate is also that of ``start``.
+    ``at_prompt``: the conditional estimate is also that of ``start``.
     """
     fixed = task.model.denoised(x, task.levels[i], task.fixed)
     threshold = task.threshold(i)
     best = torch.full((len(x),), math.inf, device=x.device)
     best_embedding, best_varied = start.detach(), fixed
     history: list[Tensor] = []
-    if free:
+    if at_prompt:
         best = task.error(i, x, fixed, target)
         if bool((best < threshold).all()):
-            return Step(best_embedding, fixed, best[None], 0)
+            return OptimisedStep(best_embedding, fixed, best[None], 0)
     embedding = start.detach().clone()
     adam = task.adam(embedding, task.rate(i))
     changes = 0
@@ -176,10 +168,10 @@ def quick_step(task: Optimisation, i: int, x: Tensor, target: Tensor, start: Ten
         # The one thing the host waits for. To look one iteration later would cost a backward pass in every step that
         # needs no change at all, which is most of them.
         active = ~(best < threshold)
-        if changes == task.settings.inner_steps or not bool(active.any()):
+        if changes == task.settings.iterations or not bool(active.any()):
             break
         task.change(adam, embedding, losses, active)
         changes += 1
         task.model.progress(i, len(task.levels) - 1)
     require_finite(best, i + 1, len(task.levels) - 1, task.levels[i])  # a NaN once seen stays the minimum
-    return Step(best_embedding, task.guide(best_varied, fixed), torch.stack(history), changes)
+    return OptimisedStep(best_embedding, task.guide(best_varied, fixed), torch.stack(history), changes)

@@ -12,8 +12,9 @@ from ....core.checks import check_latent, check_mask, describe
 from ....core.errors import InvalidImage
 from ....core.trajectory import Trajectory
 from ....masks import LatentMaskMode, latent_mask
+from ..calls import SamplerCall
 from ..host import ComfyHost
-from .run_patch import RunPatch, SamplerCall
+from .run_patch import RunPatch
 
 
 def patch_blend(

@@ -13,6 +13,7 @@ from torch import Tensor
 from ....clip_guidance import ClipGuidance, GuidedRun, Schedule, linear_decoder
 from ....clip_guidance.decoders import Decoder, pixels
 from ....core.errors import UnsupportedModel
+from ..calls import SamplerCall
 from ..gradients import (
     constant_controls,
     differentiable_attention,
@@ -24,7 +25,7 @@ from ..gradients import (
 from ..host import ComfyHost
 from ..image_text import on_compute_device
 from ..plain import alias
-from .run_patch import RunPatch, SamplerCall
+from .run_patch import RunPatch
 
 _ARGUMENTS = ("x", "timestep", "model_options", "seed")  # of core's predict_noise
 

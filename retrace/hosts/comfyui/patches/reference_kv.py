@@ -12,10 +12,10 @@ from torch import Tensor
 from ....attention.reference_kv import ReferenceKV, default_first_layer, reference_rows, require_edits
 from ....core.errors import RetraceError, UnsupportedModel
 from ....core.host import Row
+from ..calls import SamplerCall
 from ..network.attention import install_attention
 from ..network.joint_attention import install_exchange, joint_blocks
 from ..network.unet import attention_layers
-from .run_patch import SamplerCall
 
 
 def patch_reference_kv(
@@ -95,7 +95,8 @@ class _Patch:
         else:
             install_attention(options, model.diffusion_model, control)
         call["extra_args"] = arguments
-        return call.run(executor)
+        samples: Tensor = call.run(executor)
+        return samples
 
 
 def _exchange(control: ReferenceKV, layer: int, sigma: float, rows: tuple[Row, ...]) -> Sequence[int] | None:

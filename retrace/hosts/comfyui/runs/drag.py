@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ....core.errors import InvalidSchedule, RetraceError, TrajectoryMismatch, UnsupportedModel
-from ....core.host import Conditioning, Denoiser, picture_share, variance_scale
+from ....core.host import Conditioning, FeatureDenoiser, picture_share, variance_scale
+from ....core.report import memory_lines
 from ....core.schedule import reference_sigmas, truncate
 from ....core.trajectory import Trajectory
 from ....drag.latent.edit import DragSettings, drag_points
@@ -20,9 +21,8 @@ from ....drag.latent.task import Callback
 from ....drag.points import DragPoints
 from ....inversion.invert import Method
 from ..conditioning import require_one_prompt
-from ..cost import memory_lines
 from ..host import ComfyHost
-from .inversion import below_flow_top, noisy_samples
+from ..latents import below_flow_top, noisy_samples
 
 Source = Literal["picture", "noisy"]
 
@@ -138,7 +138,7 @@ def drag_latent(
         raise RetraceError("there is nothing to drag. Connect a LATENT from 'VAE Encode', or a trajectory.")
     already_noisy = trajectory is not None or source == "noisy"
 
-    def method(denoiser: Denoiser, x: Tensor, conds: Mapping[str, Conditioning]) -> Dragged:
+    def method(denoiser: FeatureDenoiser, x: Tensor, conds: Mapping[str, Conditioning]) -> Dragged:
         return drag_points(
             denoiser,
             x,

@@ -12,13 +12,12 @@ from torch import Tensor
 from ....attention.identity_lora import PROBES, Callback, IdentityLora, LoraTraining, train
 from ....core.checks import check_latent
 from ....core.errors import InvalidImage, RetraceError
-from ....core.host import Conditioning, Denoiser
-from ..conditioning import part_of_steps, require_conditioning
-from ..cost import memory_lines
+from ....core.host import AdapterDenoiser, Conditioning
+from ....core.report import memory_lines
+from ..conditioning import levels_may_mix, part_of_steps, require_conditioning
 from ..host import ComfyHost
 from ..network.lora import lora_model, patched, projection_layers
 from ..plain import alias
-from .edit_friendly import levels_may_mix
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def train_lora(
     x0 = host.to_model_scale(samples.float())
     at_once = training.at_once if levels_may_mix(host.model, positive) else 1
 
-    def method(denoiser: Denoiser, latent: Tensor, conds: Mapping[str, Conditioning]) -> IdentityLora:
+    def method(denoiser: AdapterDenoiser, latent: Tensor, conds: Mapping[str, Conditioning]) -> IdentityLora:
         settings = replace(training, at_once=at_once)
         return train(denoiser, alias(x0), conds["positive"], host.training_sigmas(), settings, callback)
 

@@ -18,14 +18,16 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor
 
-from ....core.errors import InvalidSchedule, RetraceError, TrajectoryMismatch
+from ....core.errors import InvalidInput, InvalidSchedule, Remedy, TrajectoryMismatch
 from ....core.host import Conditioning, Denoiser
 from ....core.trajectory import Trajectory
-from ....inversion.null_text.optimise import Callback, Mode, NullText, Start, optimise_null_text
+from ....inversion.null_text.optimise import Callback, NullText, optimise_null_text
+from ....inversion.null_text.settings import NullTextSettings
+from ..calls import EvaluationCall
 from ..conditioning import part_of_steps, require_conditioning
-from ..cost import memory_lines
 from ..host import ComfyHost
-from .inversion import noise_samples
+from ..latents import noisy_samples
+from ..types import ConditioningList, Executor, ModelSampling, Options
 
 _KEY = "retrace_null_text"
 _TOLERANCE = 1e-3  # of the noise level; a step is farther from the next one than that
@@ -35,54 +37,32 @@ _TOLERANCE = 1e-3  # of the noise level; a step is farther from the next one tha
 class Optimised:
     """Conditions to sample with, the noise to begin with (scale of a LATENT socket), and how it went."""
 
-    positive: Any
-    negative: Any
+    positive: ConditioningList
+    negative: ConditioningList
     noise: Tensor
     result: NullText
-
-    def report(self, peak_megabytes: int | None = None) -> str:
-        """What the optimisation cost and how well it returns, in lines of text."""
-        result = self.result
-        steps, images = result.embeddings.shape[:2]
-        changes = sum(result.iterations) / steps
-        final = [float(loss.amin(dim=0).max()) for loss in result.losses if len(loss)]
-        lines = [
-            f"{result.mode}, {steps} steps, {images} image(s), guidance {result.scale:g}",
-            f"return, latent   {result.latent_psnr:6.2f} dB PSNR",
-            f"{result.evaluations} network evaluations, {result.backwards} backward passes, {result.seconds:.1f} s",
-            f"changes of the embedding per step: {changes:.1f} on average, {max(result.iterations)} at most",
-            f"largest loss that a step was left with {max(final):.1e}",
-        ]
-        return "\n".join([*lines, *memory_lines(peak_megabytes)])
 
 
 def optimise(
     host: ComfyHost,
     trajectory: Trajectory,
-    positive: Any,
-    negative: Any,
-    scale: float,
-    *,
-    mode: Mode = "pivotal",
-    parity: bool = False,
-    inner_steps: int = 10,
-    learning_rate: float = 1e-2,
-    early_stop: float = 1e-5,
-    seed: int = 0,
-    start: Start = "cond",
+    positive: ConditioningList,
+    negative: ConditioningList,
+    settings: NullTextSettings,
     callback: Callback | None = None,
 ) -> Optimised:
-    """Optimise for two CONDITIONING lists; see :func:`retrace.inversion.null_text.optimise.optimise_null_text`.
+    """Optimise for two CONDITIONING lists; see :func:`.optimise_null_text`.
 
     The list whose embedding is optimised must have one entry; everything in it but the embedding is kept.
 
     Raises:
         TrajectoryMismatch: the trajectory was made with another model.
-        RetraceError: that list has several entries or a time range, or what the library raises.
+        InvalidInput: that list has several entries or a time range.
+        RetraceError: what the library raises.
     """
     trajectory.require_model(host.fingerprint())
     trajectory.require_path()
-    prompt = mode in ("prompt", "prompt_no_pivot")
+    prompt = settings.changes_prompt
     _one_entry("positive" if prompt else "negative", positive if prompt else negative)
     require_conditioning("negative" if prompt else "positive", negative if prompt else positive)
     alike = _only_text_differs(host, positive, negative)
@@ -93,30 +73,23 @@ def optimise(
             trajectory,
             conds["positive"],
             conds["negative"],
-            scale,
-            mode=mode,
-            parity=parity,
-            inner_steps=inner_steps,
-            learning_rate=learning_rate,
-            early_stop=early_stop,
-            seed=seed,
-            start=start,
+            settings,
             only_text_differs=alike,
             callback=callback,
         )
 
     conds = {"positive": positive, "negative": negative}
-    result: NullText = host.run(trajectory.noise, conds, method, gradients=True)
-    sampling = host.model.get_model_object("model_sampling")
+    result = host.run(trajectory.noise, conds, method, gradients=True)
     given = positive if prompt else negative
-    timed = conditioning_per_step(sampling, result.sigmas, result.embeddings, given)
+    timed = conditioning_per_step(host.model_sampling, result.sigmas, result.embeddings, given)
     # Modes with pivots of their own start at another noise than the inversion's.
-    path = Trajectory(result.sigmas, result.start[None], trajectory.parametrisation, "", "")
-    noise = noise_samples(host, path)
+    noise = noisy_samples(host, result.start, float(result.sigmas[0]))
     return Optimised(timed if prompt else positive, negative if prompt else timed, noise, result)
 
 
-def conditioning_per_step(model_sampling: Any, sigmas: Tensor, embeddings: Tensor, given: Any) -> list[list[Any]]:
+def conditioning_per_step(
+    model_sampling: ModelSampling, sigmas: Tensor, embeddings: Tensor, given: ConditioningList
+) -> ConditioningList:
     """The CONDITIONING ``given`` once per step, with ``embeddings`` ``[N, B, T, D]`` for ``sigmas`` ``[N + 1]``.
 
     Steps that start at the same level share an entry. Raises :class:`InvalidSchedule` where two levels
@@ -130,7 +103,7 @@ def conditioning_per_step(model_sampling: Any, sigmas: Tensor, embeddings: Tenso
     hooks = comfy.hooks.HookGroup()
     hooks.add(ScheduleGuard())
     hooks = comfy.hooks.HookGroup.combine_all_hooks([group for group in (options.get("hooks"), hooks) if group])
-    entries = []
+    entries: ConditioningList = []
     for sigma, (start, end) in zip(levels, step_ranges(model_sampling, levels), strict=True):
         step = StepOf(sigma, tuple(levels), len(embeddings[0]))
         timed = {**options, "start_percent": start, "end_percent": end, "hooks": hooks, _KEY: step}
@@ -138,14 +111,15 @@ def conditioning_per_step(model_sampling: Any, sigmas: Tensor, embeddings: Tenso
     return entries
 
 
-def to_tensors(conditioning: Any) -> dict[str, Tensor]:
+def to_tensors(conditioning: object) -> dict[str, Tensor]:
     """What :func:`from_tensors` makes an optimised CONDITIONING of again, for a file.
 
-    Raises :class:`RetraceError` for one that no optimiser made, or that carries more than numbers.
+    Raises :class:`InvalidInput` for one that no optimiser made, or that carries more than numbers.
     """
-    entries = [entry for entry in require_conditioning("negative", conditioning) if _KEY in entry[1]]
-    if len(entries) != len(conditioning):
-        raise RetraceError(
+    given = require_conditioning("negative", conditioning)
+    entries = [entry for entry in given if _KEY in entry[1]]
+    if len(entries) != len(given):
+        raise InvalidInput(
             "negative: this CONDITIONING was not optimised. Connect the 'negative' of a 'Null-text Optimizer', or "
             "nothing: plain words need no file."
         )
@@ -157,7 +131,7 @@ def to_tensors(conditioning: Any) -> dict[str, Tensor]:
         if name in ("start_percent", "end_percent", "hooks", _KEY) or value is None:
             continue
         if not isinstance(value, Tensor | int | float):
-            raise RetraceError(
+            raise InvalidInput(
                 f"negative: this CONDITIONING carries '{name}' ({type(value).__name__}), which a file cannot hold. "
                 "Connect the 'negative' of the 'Null-text Optimizer' itself."
             )
@@ -165,7 +139,7 @@ def to_tensors(conditioning: Any) -> dict[str, Tensor]:
     return kept
 
 
-def from_tensors(host: ComfyHost, tensors: Mapping[str, Tensor]) -> list[list[Any]]:
+def from_tensors(host: ComfyHost, tensors: Mapping[str, Tensor]) -> ConditioningList:
     """The CONDITIONING that :func:`to_tensors` took apart, one entry per step, for the model of ``host``."""
     options: dict[str, Any] = {
         name.removeprefix("option."): value if value.ndim else value.item()
@@ -173,11 +147,10 @@ def from_tensors(host: ComfyHost, tensors: Mapping[str, Tensor]) -> list[list[An
         if name.startswith("option.")
     }
     sigmas = torch.cat([tensors["levels"], torch.zeros(1)])
-    sampling = host.model.get_model_object("model_sampling")
-    return conditioning_per_step(sampling, sigmas, tensors["embeddings"], [[None, options]])
+    return conditioning_per_step(host.model_sampling, sigmas, tensors["embeddings"], [[None, options]])
 
 
-def step_ranges(model_sampling: Any, levels: list[float]) -> list[tuple[float, float]]:
+def step_ranges(model_sampling: ModelSampling, levels: list[float]) -> list[tuple[float, float]]:
     """``(start_percent, end_percent)`` for every one of the descending ``levels``, cut between neighbours.
 
     Core turns percents into noise levels by the model's own rule, which is inverted here by bisection, so that it holds
@@ -223,7 +196,7 @@ class ScheduleGuard(comfy.hooks.TransformerOptionsHook):
         kind = comfy.patcher_extension.WrappersMP.CALC_COND_BATCH
         super().__init__({"wrappers": {kind: {_KEY: [_refuse_other_levels]}}})
 
-    def add_hook_patches(self, model: Any, model_options: dict[str, Any], target_dict: Any, registered: Any) -> bool:
+    def add_hook_patches(self, model: Any, model_options: Options, target_dict: Any, registered: Any) -> bool:
         """Called by core at the start of a run."""
         wrappers = model_options["transformer_options"].setdefault("wrappers", {})
         kind = comfy.patcher_extension.WrappersMP.CALC_COND_BATCH
@@ -231,27 +204,25 @@ class ScheduleGuard(comfy.hooks.TransformerOptionsHook):
         return False
 
 
-def _refuse_other_levels(executor: Any, *args: Any, **kwargs: Any) -> Any:
+def _refuse_other_levels(executor: Executor, *args: Any, **kwargs: Any) -> Any:
     """Around every evaluation of all conditions."""
-    conds = args[1] if len(args) > 1 else kwargs["conds"]
-    x = args[2] if len(args) > 2 else kwargs["x_in"]
-    timestep = args[3] if len(args) > 3 else kwargs["timestep"]
+    call = EvaluationCall(args, kwargs)
     sigma = None
-    for cond in conds:
+    for cond in call["conds"]:
         ours = [entry for entry in cond or () if _KEY in entry]
         if ours:
-            sigma = float(torch.as_tensor(timestep).max()) if sigma is None else sigma
+            sigma = float(torch.as_tensor(call["timestep"]).max()) if sigma is None else sigma
             if len(ours) < len(cond):
-                raise RetraceError(
+                raise InvalidInput(
                     "Null-text Optimizer: an area or a mask of the other conditioning needs a negative of its own, and "
                     "the optimised one holds for the whole picture. Take 'Conditioning (Set Area)', 'Set Mask' or "
                     "'Combine' out of the sampler's positive."
                 )
-            _check_step(ours, sigma, int(x.shape[0]))
+            _check_step(ours, sigma, int(call["x_in"].shape[0]))
     return executor(*args, **kwargs)
 
 
-def _check_step(entries: list[dict[str, Any]], sigma: float, images: int) -> None:
+def _check_step(entries: list[Options], sigma: float, images: int) -> None:
     active: list[StepOf] = [
         entry[_KEY]
         for entry in entries
@@ -272,21 +243,23 @@ def _check_step(entries: list[dict[str, Any]], sigma: float, images: int) -> Non
         )
 
 
-def _one_entry(name: str, value: Any) -> None:
-    if len(require_conditioning(name, value)) != 1:
-        raise RetraceError(
-            f"{name}: got {len(value)} prompts in one CONDITIONING (from 'Conditioning Combine', areas, or an earlier "
-            "null-text optimisation), but exactly one can be optimised. Connect one 'CLIP Text Encode'."
+def _one_entry(name: str, value: object) -> None:
+    entries = require_conditioning(name, value)
+    if len(entries) != 1:
+        raise InvalidInput(
+            f"{name}: got {len(entries)} prompts in one CONDITIONING (from 'Conditioning Combine', areas, or an "
+            "earlier null-text optimisation), but exactly one can be optimised.",
+            Remedy.CONNECT_PROMPT,
         )
-    part = part_of_steps(value[0][1])
+    part = part_of_steps(entries[0][1])
     if part:
-        raise RetraceError(
+        raise InvalidInput(
             f"{name}: this CONDITIONING holds for a part of the steps only ({part[0]:g} to {part[1]:g}), but the "
             "optimiser cuts it by steps itself. Connect it without a time range."
         )
 
 
-def _only_text_differs(host: ComfyHost, positive: Any, negative: Any) -> bool:
+def _only_text_differs(host: ComfyHost, positive: ConditioningList, negative: ConditioningList) -> bool:
     """Whether the two conditions would be one and the same with the same token embeddings."""
     if len(positive) != 1 or len(negative) != 1:
         return False
@@ -297,7 +270,7 @@ def _only_text_differs(host: ComfyHost, positive: Any, negative: Any) -> bool:
     return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: object, b: object) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and bool(torch.equal(a, b))
     if isinstance(a, (bool, int, float, str, type(None))):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from ....core.errors import RetraceError
-from ....core.host import Conditioning, Denoiser
+from ....core.errors import InvalidSetting
+from ....core.host import AttentionDenoiser, Conditioning
 from ....core.trajectory import Trajectory
 from ....prompt_to_prompt.word_masks import word_maps, word_mask
 from ..host import ComfyHost
@@ -17,23 +17,23 @@ from ..host import ComfyHost
 
 @dataclass(frozen=True)
 class FoundWords:
-    """A MASK ``[B, H, W]`` of all words, and a picture ``[B * K, H, W, 3]`` of the map of each."""
+    """A MASK ``[B, H, W]`` of all words, and an image ``[B * K, H, W, 3]`` of the map of each."""
 
     words: tuple[str, ...]
     mask: Tensor
-    pictures: Tensor
+    images: Tensor
 
     def report(self) -> str:
-        """The words in the order of their pictures, and the share of the picture that each attends to on average."""
-        shares = self.pictures[..., 0].flatten(1).mean(1).view(-1, len(self.words)).mean(0).tolist()
+        """The words in the order of their images, and the share of the image that each attends to on average."""
+        shares = self.images[..., 0].flatten(1).mean(1).view(-1, len(self.words)).mean(0).tolist()
         lines = [f"{word}: mean {share:.2f}" for word, share in zip(self.words, shares, strict=True)]
-        return "\n".join([*lines, f"mask: {float(self.mask.mean()):.0%} of the picture"])
+        return "\n".join([*lines, f"mask: {float(self.mask.mean()):.0%} of the image"])
 
 
 def find_words(
     host: ComfyHost, trajectory: Trajectory, prompt: str, words: Sequence[str], threshold: float, levels: int
 ) -> FoundWords:
-    """Look for ``words`` of ``prompt`` (all of them if there are none) in an inverted picture.
+    """Look for ``words`` of ``prompt`` (all of them if there are none) in an inverted image.
 
     Raises:
         TrajectoryMismatch: a trajectory of another kind of model.
@@ -44,14 +44,14 @@ def find_words(
     (read,) = host.read_prompts([prompt])
     chosen = tuple(words) or tuple(dict.fromkeys(word.text for word in read.words))
     if not chosen:
-        raise RetraceError("The prompt is empty, so there is no word to look for. Write what the picture shows.")
+        raise InvalidSetting("The prompt is empty, so there is no word to look for. Write what the image shows.")
     places = [read.find(word) for word in chosen]
 
-    def method(model: Denoiser, _: Tensor, conds: Mapping[str, Conditioning]) -> Tensor:
+    def method(model: AttentionDenoiser, _: Tensor, conds: Mapping[str, Conditioning]) -> Tensor:
         return word_maps(model, trajectory, conds["positive"], places, levels)
 
     maps = host.run(trajectory.source, {"positive": host.encode_text(prompt)}, method)
     height, width = (side * host.downscale for side in maps.shape[-2:])
-    pictures = F.interpolate(maps, size=(height, width), mode="bicubic", align_corners=False).clamp(0, 1)
-    pictures = pictures.flatten(0, 1)[..., None].repeat(1, 1, 1, 3)
-    return FoundWords(chosen, word_mask(maps, (height, width), threshold), pictures)
+    images = F.interpolate(maps, size=(height, width), mode="bicubic", align_corners=False).clamp(0, 1)
+    images = images.flatten(0, 1)[..., None].repeat(1, 1, 1, 3)
+    return FoundWords(chosen, word_mask(maps, (height, width), threshold), images)

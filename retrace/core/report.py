@@ -1,6 +1,12 @@
-"""The last lines of a report: what the run took."""
+"""What reports of all methods share."""
 
 from __future__ import annotations
+
+
+def cost_line(evaluations: int, backwards: int, seconds: float) -> str:
+    """What a run took, in one line."""
+    passes = f", {backwards} backward passes" if backwards else ""
+    return f"{evaluations} network evaluations{passes}, {seconds:.1f} s"
 
 
 def memory_lines(peak_megabytes: int | None, recomputed: bool = False, asked_for: bool | None = None) -> list[str]:
