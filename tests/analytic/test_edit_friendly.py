@@ -18,6 +18,8 @@ from retrace.inversion.edit_friendly import ddpm_levels, invert_edit_friendly, s
 
 from .gaussian import Gaussian, Mean, centre, ladder, natural, relative, stable_diffusion_sigmas
 
+pytestmark = pytest.mark.rounding
+
 SCALE = 3.5
 KINDS = ["eps", "v", "flow"]
 

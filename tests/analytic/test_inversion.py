@@ -12,6 +12,8 @@ from retrace.inversion.invert import METHODS, PSNR_CAP, invert, latent_psnr
 
 from .gaussian import Mean, centre, ladder, natural, relative, slope, stable_diffusion_sigmas
 
+pytestmark = pytest.mark.rounding
+
 KINDS = [("eps", 10.0, 3.0), ("v", 10.0, 3.0), ("flow", 1.0, 1.0)]
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from retrace.core.errors import InvalidFile
 from retrace.core.host import Denoiser, Host
 from retrace.models.pebble.weights import weights_folder
+from tests.rounding import roundings
 
 _skipped: set[str] = set()
 
@@ -58,6 +59,11 @@ class Subject:
     def networks(self) -> list[nn.Module]:
         """UNet and VAE."""
         raise NotImplementedError
+
+    @property
+    def roundings(self) -> int:
+        """Of one pass of the UNet."""
+        return roundings(self.networks()[0])
 
     def unsupported(self) -> Host:
         """Make a host of a model that predicts x0 directly, which no method here was written for."""

@@ -9,6 +9,10 @@ import torch
 
 from retrace.core.errors import RetraceError
 from retrace.core.host import Row
+from tests.rounding import assert_rounds_to
+
+pytestmark = pytest.mark.rounding
+
 
 # Pebble: one transformer per down block and in the middle, two per up block; the latent is halved once.
 BLOCKS = ["down.0", "down.1", "mid.0", "up.0", "up.0", "up.1", "up.1"]
@@ -26,7 +30,7 @@ def test_a_hook_that_changes_nothing_changes_nothing(subject: Any) -> None:
         return before, inside, denoiser.denoised_each(x, 2.0, conds)
 
     before, inside, after = subject.run(torch.randn(2, 4, 16, 24), method, "a red circle", "")
-    torch.testing.assert_close(inside, before, rtol=1e-5, atol=1e-5)
+    assert_rounds_to(inside, before, subject.roundings)
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
@@ -79,8 +83,8 @@ def test_rows_belong_to_the_conditions_they_name(subject: Any) -> None:
             return before, denoiser.denoised_each(x, 2.0, conds)
 
     before, after = subject.run(torch.randn(2, 4, 16, 16), method, "a red circle", "a blue square")
-    torch.testing.assert_close(after[0], before[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(after[1][1], before[1][1], rtol=1e-4, atol=1e-4)
+    assert_rounds_to(after[0], before[0], subject.roundings)
+    assert_rounds_to(after[1][1], before[1][1], subject.roundings)
     assert not torch.allclose(after[1][0], before[1][0], atol=1e-3)
 
 
@@ -94,7 +98,7 @@ def test_attend_is_softmax_attention(subject: Any) -> None:
 
     result, x = subject.run(torch.randn(1, 4, 16, 16), method)
     expected = subject.run(x, lambda denoiser, x, conds: denoiser.denoised(x, 2.0, conds[0]))
-    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+    assert_rounds_to(result, expected, subject.roundings)
 
 
 def test_keys_of_one_image_can_serve_another(subject: Any) -> None:
@@ -111,7 +115,7 @@ def test_keys_of_one_image_can_serve_another(subject: Any) -> None:
             return before, denoiser.denoised(x, 2.0, conds[0])
 
     before, after = subject.run(torch.randn(2, 4, 16, 16), method)
-    torch.testing.assert_close(after[0], before[0], rtol=1e-4, atol=1e-4)
+    assert_rounds_to(after[0], before[0], subject.roundings)
     assert not torch.allclose(after[1], before[1], atol=1e-3)
 
 
@@ -139,7 +143,7 @@ def test_features_have_the_shapes_of_diffusers_blocks(subject: Any) -> None:
     # Two conditions of two images; up.0 ends with its upsampler, so both are at full size.
     assert {name: tuple(f.shape) for name, f in both.items()} == {"up.0": (4, 128, 16, 24), "up.1": (4, 64, 16, 24)}
     for name in both:
-        torch.testing.assert_close(both[name][2:], second[name], rtol=1e-3, atol=1e-4)
+        assert_rounds_to(both[name][2:], second[name], subject.roundings)
 
 
 def test_unknown_blocks_are_named(subject: Any) -> None:

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from retrace.core.errors import RetraceError
+from tests.rounding import assert_rounds_to, roundings
+
+pytestmark = pytest.mark.rounding
 
 SIGMA = 1.5
 
@@ -73,7 +76,7 @@ def test_gradient_through_the_decoder(subject: Any) -> None:
     assert slope == pytest.approx(float(gradient.norm()), rel=0.02)
     decoded = host.decode_latent(latent)
     seen = ((image.detach() + 1) / 2).clamp(0, 1).movedim(1, -1)
-    torch.testing.assert_close(seen, decoded, rtol=0, atol=1e-5)
+    assert_rounds_to(seen, decoded, roundings(subject.networks()[1]))
 
 
 def test_decoder_and_network_work_together_in_one_run(subject: Any) -> None:
@@ -89,7 +92,7 @@ def test_decoder_and_network_work_together_in_one_run(subject: Any) -> None:
     x = torch.randn(1, 4, 16, 16)
     gradient, after = subject.run(x, method, gradients=True)
     assert torch.isfinite(gradient).all() and float(gradient.abs().sum()) > 0
-    torch.testing.assert_close(after, subject.run(x, plain), rtol=1e-5, atol=1e-5)
+    assert_rounds_to(after, subject.run(x, plain), subject.roundings)
 
 
 def test_weights_and_plain_output_are_untouched(subject: Any) -> None:

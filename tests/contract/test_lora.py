@@ -13,6 +13,9 @@ import torch
 from retrace.attention.identity_lora import PROBES, LoraTraining, initial_adapters, train
 from retrace.core.errors import RetraceError, UnsupportedModel
 from retrace.core.host import LowRank
+from tests.rounding import assert_rounds_to, tolerance
+
+pytestmark = pytest.mark.rounding
 
 SIGMA = 1.5
 SETTINGS = {"rank": 4, "steps": 2, "batch_size": 2}
@@ -113,7 +116,7 @@ def test_adapters_act_as_merged_weights_and_leave_no_trace(subject: Any) -> None
     adapters, plain = random_adapters(shapes_of(subject)), predictions(subject, x)
     adapted = predictions(subject, x, adapters)
     with merged(subject, adapters):
-        torch.testing.assert_close(adapted, predictions(subject, x), rtol=1e-5, atol=1e-5)
+        assert_rounds_to(adapted, predictions(subject, x), subject.roundings)
     assert float((adapted - plain).abs().max()) > 0.01
     assert torch.equal(predictions(subject, x), plain)
 
@@ -157,8 +160,8 @@ def test_recomputed_blocks_give_the_same_gradients(subject: Any) -> None:
     x, adapters = torch.randn(1, 4, 16, 16), random_adapters(shapes_of(subject))
     kept, again = (gradients(subject, x, adapters, recompute) for recompute in (False, True))
     for name in adapters:
-        torch.testing.assert_close(again[name].down, kept[name].down, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(again[name].up, kept[name].up, rtol=1e-5, atol=1e-5)
+        assert_rounds_to(again[name].down, kept[name].down, 3 * subject.roundings)
+        assert_rounds_to(again[name].up, kept[name].up, 3 * subject.roundings)
     assert not any("forward" in vars(module) for module in subject.networks()[0].modules())
 
 
@@ -211,11 +214,11 @@ def test_attention_hooks_see_what_adapters_change(subject: Any) -> None:
         return seen, results
 
     (once, twice), (one, other) = subject.run(x, method, gradients=True)
-    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert_rounds_to(one, other, 3 * subject.roundings)
     again = {call[:3]: call[3] for call in twice[len(once) :]}
     assert len(twice) == 2 * len(once) and len(again) == len(once)
     for block, index, kind, queries in once:
-        torch.testing.assert_close(again[block, index, kind], queries)
+        assert_rounds_to(again[block, index, kind], queries, subject.roundings)
 
 
 def test_the_loss_falls(subject: Any) -> None:
@@ -234,9 +237,13 @@ def test_rows_at_once_and_recomputation_change_nothing(subject: Any) -> None:
     x = torch.randn(2, 4, 8, 8)
     plain = trained(subject, x)
     for other in (trained(subject, x, at_once=2), trained(subject, x, recompute=True)):
-        assert other.losses == pytest.approx(plain.losses, rel=1e-5)
+        allowed = tolerance(3 * subject.roundings)
+        assert other.losses == pytest.approx(plain.losses, rel=allowed)
+        # Adam divides a gradient by its own size. Where that is as small as the roundings, the step may go either way;
+        # the share of such entries is what rounding allows, and so their share of the norm its root.
         for name, adapter in plain.adapters.items():
-            torch.testing.assert_close(other.adapters[name].up, adapter.up, rtol=1e-2, atol=1e-5)
+            difference = (other.adapters[name].up - adapter.up).norm() / adapter.up.norm()
+            assert float(difference) <= allowed**0.5, name
 
 
 def test_stop_leaves_the_model_as_it_was(subject: Any) -> None:
@@ -289,7 +296,7 @@ class TestInsideComfyUI:
                 bits.append(predictions(comfy_subject, x))
         finally:
             comfy_subject.host = host
-        torch.testing.assert_close(bits[0], expected, rtol=1e-4, atol=1e-4)
+        assert_rounds_to(bits[0], expected, comfy_subject.roundings)
         assert torch.equal(bits[0], bits[1]) and torch.equal(bits[0], bits[2])
         assert torch.equal(predictions(comfy_subject, x), plain)
 
@@ -333,8 +340,8 @@ class TestInsideComfyUI:
 
         theirs = gradients(Other(), x, adapters)
         for name in adapters:
-            torch.testing.assert_close(ours[name].down, theirs[name].down, rtol=1e-3, atol=1e-3)
-            torch.testing.assert_close(ours[name].up, theirs[name].up, rtol=1e-3, atol=1e-3)
+            assert_rounds_to(ours[name].down, theirs[name].down, 3 * comfy_subject.roundings)
+            assert_rounds_to(ours[name].up, theirs[name].up, 3 * comfy_subject.roundings)
 
     def test_rows_share_no_pass_where_a_patch_may_ask_for_its_level(self, comfy_subject: Any) -> None:
         import comfy.patcher_extension

@@ -47,6 +47,7 @@ def test_it_comes_back_closer_than_the_plain_negative(subject: Any, parity: bool
     assert found.latent_psnr == pytest.approx(float(10 * (span**2 / back).log10()), abs=0.1)
 
 
+@pytest.mark.rounding
 def test_images_of_a_batch_do_not_meet(subject: Any) -> None:
     """The losses of each image are those it has alone, from the same noise."""
     both, _, _, _ = optimised(subject, images=2, parity=True, inner_steps=2, early_stop=0.0)

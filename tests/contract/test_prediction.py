@@ -11,6 +11,10 @@ import torch
 
 from retrace.core.errors import InvalidImage, InvalidSchedule, UnsupportedModel
 from retrace.core.host import guided
+from tests.rounding import assert_rounds_to
+
+pytestmark = pytest.mark.rounding
+
 
 # Five steps of SD's noise levels, as printed by ComfyUI 0.33.0.
 SIGMAS = {
@@ -56,7 +60,7 @@ def test_denoised_is_x_minus_sigma_eps(subject: Any, timestep: int) -> None:
     denoised, embedding = subject.run(x, method)
     # Ho et al. 2020 (DDPM), eq. 15, in k-diffusion's scale: the network sees x / sqrt(1 + sigma^2).
     eps = subject.eps(x / (1 + sigma**2) ** 0.5, timestep, embedding)
-    torch.testing.assert_close(denoised, x - sigma * eps, rtol=1e-4, atol=1e-4)
+    assert_rounds_to(denoised, x - sigma * eps, subject.roundings, size=x)
 
 
 def test_each_condition_is_estimated_as_if_alone(subject: Any) -> None:
@@ -66,7 +70,7 @@ def test_each_condition_is_estimated_as_if_alone(subject: Any) -> None:
 
     together, alone = subject.run(torch.randn(2, 4, 16, 16), method, "a red circle", "", "a blue square on wood")
     assert len(together) == 3
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    assert_rounds_to(together, alone, subject.roundings)
     assert not torch.allclose(together[0], together[1], atol=1e-4), "the text makes no difference"
 
 
@@ -79,7 +83,7 @@ def test_prompts_of_different_length_go_together(subject: Any) -> None:
 
     together, alone, tokens = subject.run(torch.randn(1, 4, 16, 16), method, "a red circle", long)
     assert tokens == [77, 154]
-    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
+    assert_rounds_to(together, alone, subject.roundings)
 
 
 def test_guidance_is_linear_in_eps_and_x0_alike(subject: Any) -> None:
@@ -105,7 +109,7 @@ def test_images_of_a_batch_do_not_mix_and_may_have_their_own_sigma(subject: Any)
         return batch, torch.cat(single)
 
     batch, single = subject.run(torch.randn(3, 4, 16, 16), method)
-    torch.testing.assert_close(batch, single, rtol=1e-4, atol=1e-4)
+    assert_rounds_to(batch, single, subject.roundings)
 
 
 def test_embeddings_can_be_replaced_for_all_and_per_image(subject: Any) -> None:
@@ -117,8 +121,8 @@ def test_embeddings_can_be_replaced_for_all_and_per_image(subject: Any) -> None:
 
     swapped, mixed, one, two, shape = subject.run(torch.randn(2, 4, 16, 16), method, "a red circle", "a blue square")
     assert shape == (1, 77, 64)
-    torch.testing.assert_close(swapped, two, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(mixed, torch.stack([one[0], two[1]]), rtol=1e-4, atol=1e-4)
+    assert_rounds_to(swapped, two, subject.roundings)
+    assert_rounds_to(mixed, torch.stack([one[0], two[1]]), subject.roundings)
 
 
 def test_evaluations_count_samples_and_conditions(subject: Any) -> None:

@@ -10,6 +10,8 @@ import torch
 from retrace import prompt_to_prompt as p2p
 from retrace.inversion.invert import invert
 
+pytestmark = pytest.mark.rounding
+
 STEPS = 5
 TEXTS = ["a red circle on sand", "a blue circle on sand"]
 

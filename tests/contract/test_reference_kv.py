@@ -10,6 +10,9 @@ from torch import Tensor
 
 from retrace.attention.reference_kv import ReferenceKV, default_first_layer
 from retrace.core.errors import RetraceError
+from tests.rounding import assert_rounds_to
+
+pytestmark = pytest.mark.rounding
 
 FIRST = 3  # of Pebble's seven layers: down.0, down.1, mid.0, up.0 twice, up.1 twice
 PROMPTS = ("a red circle", "")
@@ -42,7 +45,7 @@ def test_an_edit_attends_to_the_reference(subject: Any) -> None:
 
     x = torch.randn(3, 4, 16, 24)
     found = estimates(subject, x, ReferenceKV(FIRST))
-    torch.testing.assert_close(found, estimates(subject, x, by_hand), rtol=1e-4, atol=1e-5)
+    assert_rounds_to(found, estimates(subject, x, by_hand), subject.roundings)
     plain = estimates(subject, x, passing)
     assert torch.equal(found[:, 0], plain[:, 0]), "the reference is what it is without edits"
     assert all(float((found[:, n] - plain[:, n]).abs().max()) > 1e-2 for n in (1, 2))
@@ -51,19 +54,18 @@ def test_an_edit_attends_to_the_reference(subject: Any) -> None:
 def test_an_edit_that_is_the_reference_does_not_change(subject: Any) -> None:
     x = torch.randn(1, 4, 16, 16).repeat(2, 1, 1, 1)
     found = estimates(subject, x, ReferenceKV(FIRST))
-    torch.testing.assert_close(found, estimates(subject, x, passing), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found[:, 1], found[:, 0], rtol=1e-5, atol=1e-5)
+    assert_rounds_to(found, estimates(subject, x, passing), subject.roundings)
+    assert_rounds_to(found[:, 1], found[:, 0], subject.roundings)
 
 
 def test_the_order_of_the_conditions_does_not_matter(subject: Any) -> None:
     x = torch.randn(2, 4, 16, 16)
     forward = estimates(subject, x, ReferenceKV(FIRST), *PROMPTS)
-    torch.testing.assert_close(
-        estimates(subject, x, ReferenceKV(FIRST), *PROMPTS[::-1]), forward.flip(0), rtol=1e-4, atol=1e-5
-    )
+    backward = estimates(subject, x, ReferenceKV(FIRST), *PROMPTS[::-1])
+    assert_rounds_to(backward, forward.flip(0), subject.roundings)
     for number, prompt in enumerate(PROMPTS):
         alone = estimates(subject, x, ReferenceKV(FIRST), prompt)
-        torch.testing.assert_close(alone[0], forward[number], rtol=1e-4, atol=1e-5)
+        assert_rounds_to(alone[0], forward[number], subject.roundings)
 
 
 def test_edits_do_not_see_each_other(subject: Any) -> None:
@@ -71,7 +73,7 @@ def test_edits_do_not_see_each_other(subject: Any) -> None:
     together = estimates(subject, x, ReferenceKV(FIRST))
     for edit in (1, 2, 3):
         pair = estimates(subject, x[[0, edit]], ReferenceKV(FIRST))
-        torch.testing.assert_close(pair[:, 1], together[:, edit], rtol=1e-4, atol=1e-5)
+        assert_rounds_to(pair[:, 1], together[:, edit], subject.roundings)
 
 
 def test_outside_its_window_nothing_happens(subject: Any) -> None:
@@ -126,6 +128,10 @@ class TestCoreSamplers:
         )  # fmt: skip
         return out
 
+    def roundings(self, subject: Any) -> int:
+        """Of four steps, each of two conditions, which guidance of 4 takes at 4 and 3 times their size."""
+        return 4 * (4**2 + 3**2) * int(subject.roundings)
+
     def test_they_sample_what_the_hook_of_the_library_does(self, comfy_subject: Any) -> None:
         from retrace.hosts.comfyui.network.attention import patch_attention
         from retrace.hosts.comfyui.patches.reference_kv import patch_reference_kv
@@ -135,7 +141,7 @@ class TestCoreSamplers:
         found = self.sample(comfy_subject, patch_reference_kv(model))
         expected = self.sample(comfy_subject, patch_attention(model, ReferenceKV(FIRST)))
         assert torch.equal(found, expected)
-        torch.testing.assert_close(found[0], plain[0], rtol=1e-5, atol=1e-4)
+        assert_rounds_to(found[0], plain[0], self.roundings(comfy_subject))
         assert float((found[1] - plain[1]).abs().max()) > 0.05
         assert torch.equal(self.sample(comfy_subject, model), plain), "the model itself was not changed"
 
@@ -157,7 +163,7 @@ class TestCoreSamplers:
         monkeypatch.setattr(patched.model, "memory_required", lambda *_, **__: 1e30)
         found = self.sample(comfy_subject, apart, batch=3, cfg=cfg)
         assert sorted({tuple(conds) for conds in passes}) == ([(0,)] if cfg == 1 else [(0,), (1,)])
-        torch.testing.assert_close(found, together, rtol=1e-4, atol=1e-4)
+        assert_rounds_to(found, together, self.roundings(comfy_subject))
 
     def test_the_window_is_counted_in_percent(self, comfy_subject: Any) -> None:
         from retrace.hosts.comfyui.patches.reference_kv import patch_reference_kv
@@ -175,7 +181,7 @@ class TestCoreSamplers:
         sampling = model.get_model_object("model_sampling")
         assert float(sampling.percent_to_sigma(0.4)) < levels[1] and float(sampling.percent_to_sigma(0.6)) > levels[2]
         never = self.sample(comfy_subject, patch_reference_kv(model, start_percent=0.4, end_percent=0.6))
-        torch.testing.assert_close(never, plain, rtol=1e-5, atol=1e-4)
+        assert_rounds_to(never, plain, self.roundings(comfy_subject))
         early, late = ({"end_percent": 0.5}, {"start_percent": 0.5})
         halves = [self.sample(comfy_subject, patch_reference_kv(model, **half)) for half in (early, late)]
         whole = self.sample(comfy_subject, patch_reference_kv(model))
@@ -230,8 +236,8 @@ class TestCoreSamplers:
             )
         finally:
             del host.encode_text
-        torch.testing.assert_close(first, last, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(first[0], edited[0], rtol=1e-4, atol=1e-4)
+        assert_rounds_to(first, last, self.roundings(comfy_subject))
+        assert_rounds_to(first[0], edited[0], self.roundings(comfy_subject))
         assert float((first - edited)[1].abs().max()) > 1e-2
 
     def test_a_single_image_is_refused(self, comfy_subject: Any) -> None:

@@ -13,6 +13,8 @@ from retrace.blending.decoder import Training, reconstruct_background, reconstru
 from retrace.core.errors import InvalidImage, InvalidSchedule, RetraceError, UnsupportedModel
 from retrace.hosts.common.private_decoder import private_decoder
 
+pytestmark = pytest.mark.rounding
+
 
 class Tiny(nn.Module):
     """An autoencoder whose latents are pictures of a quarter of the size, and whose decoder can learn."""

@@ -11,6 +11,8 @@ from retrace.core.errors import InvalidImage, InvalidSchedule, TrajectoryMismatc
 from retrace.core.schedule import step_of
 from retrace.core.trajectory import Trajectory
 
+pytestmark = pytest.mark.rounding
+
 SIGMAS = torch.tensor([10.0, 4.0, 1.0, 0.0])
 
 

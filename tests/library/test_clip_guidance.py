@@ -29,6 +29,8 @@ from retrace.core.errors import InvalidImage, RetraceError, UnsupportedModel
 from retrace.core.sampling import ddim_step
 from retrace.models.clip.model import ImageTextModel
 
+pytestmark = pytest.mark.rounding
+
 SIGMAS = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.0])
 
 

@@ -15,6 +15,8 @@ from retrace.core.errors import InvalidPoints
 from retrace.drag.warp.deformation import MOST_STEPS, Deformation, Mode
 from retrace.drag.warp.field import displacement, sample
 
+pytestmark = pytest.mark.rounding
+
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 

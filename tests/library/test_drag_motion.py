@@ -9,6 +9,8 @@ from torch import Tensor
 
 from retrace.drag.latent.motion import FeatureGrid, arrived, motion_loss, patch_sum, square, track
 
+pytestmark = pytest.mark.rounding
+
 
 @pytest.fixture
 def features() -> Tensor:

@@ -20,6 +20,8 @@ from retrace.drag.latent.optimise import Dragged, DragOptions
 from retrace.drag.latent.task import Changes, DragTask, Trace
 from retrace.drag.points import DragPoints, PointPair
 
+pytestmark = pytest.mark.rounding
+
 SIGMAS = torch.tensor([4.0, 3.0, 2.5, 2.0, 1.5, 1.0, 0.7, 0.4, 0.2, 0.0])
 
 

@@ -19,6 +19,8 @@ from retrace.core.host import LowRank, Parametrisation, add_noise
 from retrace.hosts.common.adapters import adapted, shape_of
 from retrace.pictures.loss_plot import loss_picture, running_mean
 
+pytestmark = pytest.mark.rounding
+
 SIGMAS = torch.logspace(-1.5, 1.1, 50)
 NAME = "mid.0.0.attn1.q"
 

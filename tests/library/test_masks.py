@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from retrace.core.errors import InvalidImage, InvalidSchedule, MissingPackage, RetraceError
 from retrace.masks import feather, feather_inward, latent_mask, mask_precision, precision_kernel, shrink_schedule
 
+pytestmark = pytest.mark.rounding
+
 LEVELS = 5
 
 

@@ -8,6 +8,8 @@ import torch
 from retrace.blending.poisson import membrane, poisson_blend
 from retrace.core.errors import InvalidImage
 
+pytestmark = pytest.mark.rounding
+
 
 def pictures(batch: int = 1, height: int = 40, width: int = 36) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)

@@ -17,6 +17,8 @@ from retrace.prompt_to_prompt.alignment import align
 from retrace.prompt_to_prompt.control import attention_maps
 from retrace.prompt_to_prompt.proximal import Proximal
 
+pytestmark = pytest.mark.rounding
+
 LENGTH = 77
 
 

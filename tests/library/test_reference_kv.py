@@ -13,6 +13,8 @@ from retrace.attention.reference_kv import ReferenceKV, default_first_layer, ref
 from retrace.core.errors import RetraceError
 from retrace.core.host import AttentionCall, Row
 
+pytestmark = pytest.mark.rounding
+
 
 def call(rows: list[Row], kind: Any = "self", index: int = 5, sigma: float = 2.0) -> AttentionCall:
     return AttentionCall(kind, "up.0", index, 2, 3, tuple(rows), sigma, F.scaled_dot_product_attention)

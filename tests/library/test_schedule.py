@@ -8,6 +8,8 @@ import torch
 from retrace.core.errors import InvalidSchedule
 from retrace.core.schedule import GRIDS, check_sigmas, reference_sigmas, reference_timesteps, respaced, truncate
 
+pytestmark = pytest.mark.rounding
+
 
 def training(total: int = 1000) -> torch.Tensor:
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, total, dtype=torch.float64) ** 2

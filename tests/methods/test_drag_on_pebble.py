@@ -19,6 +19,7 @@ def host() -> DiffusersHost:
     return DiffusersHost.load(None, device="cpu")
 
 
+@pytest.mark.slow
 def test_dragged_objects_arrive_and_the_rest_stays(host: DiffusersHost) -> None:
     scores = [drag(host, job, RECIPE, None) for job in JOBS]
     assert sum(score.error for score in scores) / len(JOBS) <= 0.15
@@ -27,6 +28,7 @@ def test_dragged_objects_arrive_and_the_rest_stays(host: DiffusersHost) -> None:
     assert all(0 < score.backwards <= 210 for score in scores)
 
 
+@pytest.mark.slow
 def test_without_changes_to_speak_of_nothing_moves(host: DiffusersHost) -> None:
     still = replace(RECIPE, settings=replace(GOOD, learning_rate=1e-6, changes=3))
     score = drag(host, JOBS[0], still, None)

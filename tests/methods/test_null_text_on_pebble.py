@@ -48,6 +48,7 @@ def reconstruct(host: DiffusersHost, count: int, steps: int, **options: Any) -> 
     return found, {name: float(psnr(host.decode_latent(z), images).mean()) for name, z in pictures.items()}
 
 
+@pytest.mark.slow
 def test_it_returns_to_the_autoencoders_bound(host: DiffusersHost) -> None:
     found, decibels = reconstruct(host, 2, 50)
     assert decibels["null"] >= decibels["vae"] - 1
@@ -55,6 +56,7 @@ def test_it_returns_to_the_autoencoders_bound(host: DiffusersHost) -> None:
     assert torch.isfinite(found.embeddings).all()
 
 
+@pytest.mark.slow
 def test_the_default_costs_a_third_and_loses_nothing(host: DiffusersHost) -> None:
     quick, decibels = reconstruct(host, 1, 50)
     reference, wanted = reconstruct(host, 1, 50, parity=True)

@@ -34,6 +34,7 @@ def test_the_autoencoder_keeps_the_picture(host: DiffusersHost) -> None:
     assert pebble.vae_reconstruction(host, 32)["psnr_db"] >= 30
 
 
+@pytest.mark.slow
 def test_samples_follow_the_prompt_as_the_card_says(host: DiffusersHost, card: dict[str, dict[str, float]]) -> None:
     result = pebble.prompt_following(host, 32)
     for name, measured in card["prompt_following"].items():
@@ -44,6 +45,7 @@ def test_clip_finds_the_caption_among_32() -> None:
     assert pebble.clip_retrieval(128)["top1_of_32"] >= 0.95
 
 
+@pytest.mark.slow
 def test_inversion_comes_back_to_the_autoencoders_bound(host: DiffusersHost) -> None:
     loss = pebble.inversion_round_trip(host, 16)
     assert loss["ddim_50_karras_loss_db"] <= 1.0
@@ -51,6 +53,7 @@ def test_inversion_comes_back_to_the_autoencoders_bound(host: DiffusersHost) -> 
     assert loss["fixed_point_25_loss_db"] <= loss["ddim_50_loss_db"]
 
 
+@pytest.mark.slow
 def test_the_shipped_edit_works_as_the_card_says(host: DiffusersHost, card: dict[str, dict[str, float]]) -> None:
     result = pebble.blend_edits(host, 16)
     assert result["identical_outside"] == 1.0
