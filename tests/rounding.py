@@ -59,3 +59,13 @@ def assert_rounds_to(
     for one, other in zip(found, expected, strict=True):
         allowed = tolerance(count, other if size is None else size, dtype)
         torch.testing.assert_close(one, other, rtol=0, atol=allowed)
+
+
+def assert_trained_alike(found: Tensor, expected: Tensor, count: int) -> None:
+    """Both are what Adam made of gradients that are the same up to ``count`` roundings.
+
+    Adam divides a gradient by its own size. Where that is as small as the roundings, a step may go either way, and no
+    single entry can be asked for. The share of such entries is what rounding allows, their share of the norm its root.
+    """
+    difference = float((found - expected).norm() / expected.norm())
+    assert difference <= tolerance(count) ** 0.5, f"{difference:.2e} of the norm, {tolerance(count) ** 0.5:.2e} allowed"

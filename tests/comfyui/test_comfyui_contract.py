@@ -52,6 +52,7 @@ def inside(install: ComfyInstall, arguments: list[str], extra_path: Path, timeou
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_contract_suite_passes_inside_comfyui(install: ComfyInstall, tmp_path: Path) -> None:
     arguments = ["-m", "pytest", "tests/contract", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'inner'}"]
     out = inside(install, arguments, lend_pytest(tmp_path / "lent"), timeout=600)

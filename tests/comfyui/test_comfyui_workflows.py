@@ -58,6 +58,7 @@ def test_every_workflow_has_its_twin_and_its_picture(name: str) -> None:
     assert (ROOT / "workflows" / f"{name}.jpg").is_file(), "no thumbnail"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pebble")
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_the_same_bits_again(server: ComfyServer, name: str) -> None:

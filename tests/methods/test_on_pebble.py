@@ -46,7 +46,9 @@ def test_clip_finds_the_caption_among_32() -> None:
 
 
 @pytest.mark.slow
-def test_inversion_comes_back_to_the_autoencoders_bound(host: DiffusersHost) -> None:
+def test_inversion_comes_back_to_the_autoencoders_bound(host: DiffusersHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Fixed point at 50 steps takes as long as the others together, and promises nothing that 25 do not.
+    monkeypatch.setattr(pebble, "INVERSIONS", [one for one in pebble.INVERSIONS if one[1:] != ("fixed_point", 50)])
     loss = pebble.inversion_round_trip(host, 16)
     assert loss["ddim_50_karras_loss_db"] <= 1.0
     assert loss["ddim_50_loss_db"] <= 2.0  # 1 is missed by a little with this scheduler; the card has the figure
