@@ -185,7 +185,7 @@ function forwardMiddleButton(event) {
 }
 
 app.registerExtension({
-  name: "Retrace.DragPoints",
+  name: "retrace.DragPoints",
   setup() {
     setInterval(() => pickers.forEach((picker) => picker.look()), LOOK_MS)
     // A run that fails for lack of points still brings the picture to place them on.

@@ -37,7 +37,7 @@ function addReport(node) {
 }
 
 app.registerExtension({
-  name: "Retrace.Report",
+  name: "retrace.Report",
   nodeCreated(node) {
     if (REPORTING.has(node.comfyClass)) addReport(node)
   },

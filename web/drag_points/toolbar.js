@@ -44,12 +44,15 @@ const STYLE = `
 .retrace-drag-status.error { color: var(--error-text, #ff4444); white-space: normal; }
 `
 
+let styled = false
+
+/** Give the page our styles, once; every selector in them begins with our prefix. */
 export function addStyle() {
-  if (document.getElementById("retrace-drag-style")) return
-  const style = document.createElement("style")
-  style.id = "retrace-drag-style"
-  style.textContent = STYLE
-  document.head.append(style)
+  if (styled) return
+  styled = true
+  const sheet = new CSSStyleSheet()
+  sheet.replaceSync(STYLE)
+  document.adoptedStyleSheets.push(sheet)
 }
 
 /** An element with these properties and children. */
