@@ -67,7 +67,11 @@ def test_prompt_to_prompt_keeps_patches_that_come_after_it(comfy_subject: Any, k
     texts = ["a red circle", "a blue circle"]
     prompts = host.read_prompts(texts)
     edit = p2p.plan(prompts[0], prompts[1:])
-    conds = (TokenisedPrompts(host.clip, texts).encode(), TokenisedPrompts(host.clip, [""]).encode(), torch.zeros(2, 4, 16, 16))
+    conds = (
+        TokenisedPrompts(host.clip, texts).encode(),
+        TokenisedPrompts(host.clip, [""]).encode(),
+        torch.zeros(2, 4, 16, 16),
+    )
 
     def silenced(model: Any) -> Any:
         clone = model.clone()
