@@ -1,4 +1,4 @@
-"""The promises of the README on a few held-out scenes; ``python -m benchmarks.pebble`` measures all of them."""
+"""The promises of benchmarks/RESULTS.md on a few held-out scenes; ``python -m benchmarks.pebble`` measures all."""
 
 from __future__ import annotations
 
