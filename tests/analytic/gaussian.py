@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrace.core.host import Parametrisation
+from retrace.core.host import LowRank, Parametrisation
+from retrace.core.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Gaussian:
     gain: float | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     evaluations: int = 0
+    blocks: tuple[str, ...] = ()
     backwards: int = 0
     steps: list[tuple[int, int]] = field(default_factory=list)
     on_progress: Callable[[int], None] | None = None
@@ -75,11 +77,17 @@ class Gaussian:
         return [self.denoised(x, sigma, cond) for cond in conds]
 
     @contextmanager
-    def differentiable(self) -> Iterator[None]:
+    def differentiable(self, *, recompute: bool = False) -> Iterator[None]:
         with torch.enable_grad():
             yield
 
     def attention(self, hook: Any) -> Any:
+        raise NotImplementedError
+
+    def projections(self) -> dict[str, tuple[int, int]]:
+        raise NotImplementedError
+
+    def adapters(self, adapters: Mapping[str, LowRank]) -> Any:
         raise NotImplementedError
 
     def features(self, blocks: Sequence[str]) -> Any:
@@ -138,6 +146,20 @@ def stable_diffusion_sigmas() -> Tensor:
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alphas = torch.cumprod(1 - betas, 0)
     return ((1 - alphas) / alphas).sqrt()
+
+
+def number(trajectory: Trajectory, name: str) -> float:
+    """What the report of ``trajectory`` says under ``name``."""
+    value = trajectory.report[name]
+    assert isinstance(value, (int, float))
+    return value
+
+
+def numbers(trajectory: Trajectory, name: str) -> list[float]:
+    """The same where it says one number per step."""
+    value = trajectory.report[name]
+    assert isinstance(value, list)
+    return [float(one) for one in value]
 
 
 def relative(x: Tensor, reference: Tensor) -> float:

@@ -16,7 +16,7 @@ from retrace.core.sampling import ddpm_mean
 from retrace.core.schedule import reference_sigmas
 from retrace.inversion.edit_friendly import ddpm_levels, invert_edit_friendly, sample_edit_friendly, without_first_steps
 
-from .gaussian import Gaussian, Mean, centre, ladder, natural, relative, stable_diffusion_sigmas
+from .gaussian import Gaussian, Mean, centre, ladder, natural, numbers, relative, stable_diffusion_sigmas
 
 pytestmark = pytest.mark.rounding
 
@@ -140,7 +140,7 @@ def test_the_noises_of_one_image_are_stronger_than_fresh_ones_and_turn_back() ->
     for i, (s, t) in enumerate(pairwise(levels[:-1])):
         expected = (s**2 + t**2) / (s**2 - t**2)
         assert float(z[i].square().mean()) == pytest.approx(expected, rel=0.02) and expected > 1
-        assert found.trajectory.report["strengths"][i] == pytest.approx(expected**0.5, rel=0.02)  # type: ignore[index]
+        assert numbers(found.trajectory, "strengths")[i] == pytest.approx(expected**0.5, rel=0.02)
     for i in range(3):
         together = float((z[i] * z[i + 1]).mean())
         assert together == pytest.approx(-(levels[i + 2] ** 2) / (ups[i] * ups[i + 1]), abs=0.02)

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from retrace.core.errors import InvalidImage, InvalidSchedule, RetraceError
+from retrace.core.host import Parametrisation
 from retrace.core.sampling import sample_ddim
 from retrace.core.schedule import reference_sigmas
-from retrace.inversion.invert import METHODS, PSNR_CAP, invert, latent_psnr
+from retrace.inversion.invert import METHODS, Method, invert, latent_psnr
+from retrace.metrics.quality import PSNR_CAP
 
-from .gaussian import Mean, centre, ladder, natural, relative, slope, stable_diffusion_sigmas
+from .gaussian import Mean, centre, ladder, natural, number, numbers, relative, slope, stable_diffusion_sigmas
 
 pytestmark = pytest.mark.rounding
 
 KINDS = [("eps", 10.0, 3.0), ("v", 10.0, 3.0), ("flow", 1.0, 1.0)]
 
 
-def grid(kind, steps):
+def grid(kind: Parametrisation, steps: int) -> Tensor:
     if kind == "flow":
         return ladder(steps, 1.0, 1.0)
     return reference_sigmas("leading_1", stable_diffusion_sigmas(), steps)
 
 
 @pytest.mark.parametrize(("kind", "top", "power"), KINDS)
-def test_ddim_inversion_is_first_order(kind, top, power):
+def test_ddim_inversion_is_first_order(kind: Parametrisation, top: float, power: float) -> None:
     model = natural(parametrisation=kind)
     cond = centre(model)
     x0 = model.draw(2, cond)
@@ -44,29 +47,29 @@ def test_ddim_inversion_is_first_order(kind, top, power):
 @pytest.mark.parametrize("kind", ["eps", "flow"])
 @pytest.mark.parametrize("steps", [10, 25, 50])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_fixed_point_inversion_returns_to_the_start(kind, steps, dtype):
+def test_fixed_point_inversion_returns_to_the_start(kind: Parametrisation, steps: int, dtype: torch.dtype) -> None:
     model = natural(parametrisation=kind, dtype=dtype)
     cond = centre(model)
     x0 = model.draw(1, cond)
     sigmas = grid(kind, steps)
     path = invert(model, x0, sigmas, cond, "fixed_point", verify=True)
     assert relative(sample_ddim(model, path.noise, sigmas, cond), x0) < 1e-4
-    assert max(path.report["residuals"]) <= 5e-6
-    assert path.report["latent_psnr"] > 90
-    assert path.report["evaluations"] <= 6 * steps
+    assert max(numbers(path, "residuals")) <= 5e-6
+    assert number(path, "latent_psnr") > 90
+    assert number(path, "evaluations") <= 6 * steps
 
 
-def test_fixed_point_at_25_steps_returns_better_than_ddim_at_50():
+def test_fixed_point_at_25_steps_returns_better_than_ddim_at_50() -> None:
     model = natural()
     cond = centre(model)
     x0 = model.draw(2, cond)
-    few = invert(model, x0, grid("eps", 25), cond, "fixed_point", tolerance=1e-3, verify=True).report
-    many = invert(model, x0, grid("eps", 50), cond, "ddim", verify=True).report
-    assert few["evaluations"] <= 1.2 * many["evaluations"]
-    assert few["latent_psnr"] > many["latent_psnr"] + 3
+    few = invert(model, x0, grid("eps", 25), cond, "fixed_point", tolerance=1e-3, verify=True)
+    many = invert(model, x0, grid("eps", 50), cond, "ddim", verify=True)
+    assert number(few, "evaluations") <= 1.2 * number(many, "evaluations")
+    assert number(few, "latent_psnr") > number(many, "latent_psnr") + 3
 
 
-def test_every_stored_latent_is_one_sampling_step_from_the_next():
+def test_every_stored_latent_is_one_sampling_step_from_the_next() -> None:
     model = natural()
     cond = centre(model)
     x0 = model.draw(2, cond)
@@ -80,53 +83,53 @@ def test_every_stored_latent_is_one_sampling_step_from_the_next():
 
 
 @pytest.mark.parametrize("kind", ["eps", "flow"])
-def test_fixed_point_solves_a_curved_model(kind):
+def test_fixed_point_solves_a_curved_model(kind: Parametrisation) -> None:
     model = natural(parametrisation=kind)
     model.bend = 2.0  # with this the plain iteration overshoots at the coarse steps
     cond = centre(model)
     x0 = model.draw(2, cond)
     sigmas = grid(kind, 10)
     path = invert(model, x0, sigmas, cond, "fixed_point", verify=True)
-    assert max(path.report["residuals"]) <= 5e-6
+    assert max(numbers(path, "residuals")) <= 5e-6
     assert relative(sample_ddim(model, path.noise, sigmas, cond), x0) < 1e-3
 
 
 @pytest.mark.parametrize("gain", [-8.0, 9.0])
-def test_acceleration_solves_what_plain_iteration_blows_up(gain):
+def test_acceleration_solves_what_plain_iteration_blows_up(gain: float) -> None:
     """D(x) = gain x makes g(x) = x_l + (1 - gain) / 2 x, which multiplies errors by 4.5 or -4."""
     model = natural()
     model.gain = gain
     cond = centre(model)
     x0 = model.draw(2, cond)
     path = invert(model, x0, torch.tensor([1.0, 0.5]), cond, "fixed_point")
-    assert path.report["residuals"][0] < 1e-8
-    assert path.report["iterations"][0] <= 5
+    assert numbers(path, "residuals")[0] < 1e-8
+    assert numbers(path, "iterations")[0] <= 5
     assert relative(path.noise, x0 / (1 - (1 - gain) / 2)) < 1e-8
 
 
-def test_without_a_solution_the_best_iterate_is_kept():
+def test_without_a_solution_the_best_iterate_is_kept() -> None:
     """gain -1 at half the level: g(x) = x_l + x has no fixed point, every iterate misses by x_l."""
     model = natural()
     model.gain = -1.0
     x0 = model.draw(1, centre(model))
     path = invert(model, x0, torch.tensor([1.0, 0.5]), centre(model), "fixed_point")
-    assert path.report["residuals"][0] == pytest.approx(1, abs=1e-6)
-    assert path.report["iterations"][0] <= 5  # it notices and stops
+    assert numbers(path, "residuals")[0] == pytest.approx(1, abs=1e-6)
+    assert numbers(path, "iterations")[0] <= 5  # it notices and stops
     assert bool(torch.isfinite(path.latents).all())
 
 
 @pytest.mark.parametrize("kind", ["eps", "flow"])
-def test_spdinv_improves_on_ddim(kind):
+def test_spdinv_improves_on_ddim(kind: Parametrisation) -> None:
     model = natural(parametrisation=kind)
     cond = centre(model)
     x0 = model.draw(1, cond)
     sigmas = grid(kind, 10)
-    plain = invert(model, x0, sigmas, cond, "ddim", verify=True).report
-    solved = invert(model, x0, sigmas, cond, "spdinv", verify=True).report
-    assert solved["latent_psnr"] > plain["latent_psnr"] + 3
+    plain = invert(model, x0, sigmas, cond, "ddim", verify=True)
+    solved = invert(model, x0, sigmas, cond, "spdinv", verify=True)
+    assert number(solved, "latent_psnr") > number(plain, "latent_psnr") + 3
 
 
-def test_costs_are_counted_exactly():
+def test_costs_are_counted_exactly() -> None:
     model = natural()
     cond = centre(model)
     x0 = model.draw(3, cond)
@@ -138,8 +141,8 @@ def test_costs_are_counted_exactly():
 
     report = invert(model, x0, sigmas, cond, "fixed_point", max_iterations=2).report
     assert report["evaluations"] == 3 * 2 * 8 and report["iterations"] == [2] * 8
-    report = invert(model, x0, sigmas, cond, "fixed_point").report
-    assert report["evaluations"] == 3 * sum(report["iterations"])
+    path = invert(model, x0, sigmas, cond, "fixed_point")
+    assert number(path, "evaluations") == 3 * sum(numbers(path, "iterations"))
 
     model.backwards = 0
     report = invert(model, x0, sigmas, cond, "spdinv", tolerance=1e-12, max_iterations=4).report
@@ -149,7 +152,7 @@ def test_costs_are_counted_exactly():
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["eps", "flow"])
-def test_a_batch_equals_its_images_one_by_one(method, kind):
+def test_a_batch_equals_its_images_one_by_one(method: Method, kind: Parametrisation) -> None:
     model = natural(parametrisation=kind)
     model.bend = 0.5
     cond = centre(model)
@@ -160,7 +163,7 @@ def test_a_batch_equals_its_images_one_by_one(method, kind):
         assert relative(together.latents[:, b : b + 1], alone.latents) < 1e-10
 
 
-def test_the_reference_grid_with_its_closing_no_op():
+def test_the_reference_grid_with_its_closing_no_op() -> None:
     model = natural()
     cond = centre(model)
     x0 = model.draw(1, cond)
@@ -170,7 +173,7 @@ def test_the_reference_grid_with_its_closing_no_op():
     assert torch.equal(path.latents[-1], path.latents[-2])
 
 
-def test_ddim_is_the_step_of_the_null_text_code():
+def test_ddim_is_the_step_of_the_null_text_code() -> None:
     """z_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps with eps = eps(z_{t-1}, t), written out in the DDPM scale."""
     model = natural()
     cond = centre(model)
@@ -188,11 +191,11 @@ def test_ddim_is_the_step_of_the_null_text_code():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_interrupt_passes_through_and_inner_iterations_hear_it(method):
+def test_interrupt_passes_through_and_inner_iterations_hear_it(method: Method) -> None:
     class Interrupt(BaseException):
         pass
 
-    def stop(step):
+    def stop(step: int) -> None:
         raise Interrupt
 
     model = natural()
@@ -202,13 +205,13 @@ def test_interrupt_passes_through_and_inner_iterations_hear_it(method):
     assert model.evaluations == (2 if method == "spdinv" else 1)
 
 
-def test_bad_input_is_an_error_that_says_what_to_do():
+def test_bad_input_is_an_error_that_says_what_to_do() -> None:
     model = natural()
     cond = centre(model)
     x0 = model.draw(1, cond)
     sigmas = grid("eps", 4)
     with pytest.raises(RetraceError, match="got 'euler', but one of ddim, fixed_point, spdinv"):
-        invert(model, x0, sigmas, cond, "euler")
+        invert(model, x0, sigmas, cond, "euler")  # type: ignore[arg-type]
     with pytest.raises(RetraceError, match="tolerance: got -1"):
         invert(model, x0, sigmas, cond, "fixed_point", tolerance=-1)
     with pytest.raises(RetraceError, match="max_iterations: got 0"):
@@ -223,7 +226,7 @@ def test_bad_input_is_an_error_that_says_what_to_do():
             invert(model, x0, sigmas, Mean(cond.embedding * float("nan")), method)
 
 
-def test_latent_psnr_known_values():
+def test_latent_psnr_known_values() -> None:
     reference = torch.tensor([0.0, 1.0, 2.0, 4.0]).view(1, 1, 2, 2)
     assert latent_psnr(reference, reference) == PSNR_CAP
     assert latent_psnr(reference + 0.4, reference) == pytest.approx(20, abs=1e-4)

@@ -54,7 +54,7 @@ class Case:
         for i, embedding in enumerate(found.embeddings):
             conds = [self.cond, self.uncond]
             conds[1 if found.replaces == "uncond" else 0] = Mean(embedding)
-            x = sample_ddim(self.model, x, found.sigmas[i : i + 2], *conds, SCALE)
+            x = sample_ddim(self.model, x, found.sigmas[i : i + 2], conds[0], conds[1], SCALE)
         return x
 
     def plain(self) -> Tensor:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from retrace.core.errors import InvalidImage, InvalidSchedule, RetraceError
-from retrace.core.host import add_noise
+from retrace.core.host import Parametrisation, add_noise
 from retrace.core.sampling import STOCHASTIC_SAMPLERS, ancestral_step, ddim_step, require_deterministic, sample_ddim
 
 from .gaussian import Gaussian, Mean, centre, ladder, natural, relative, slope
 
 
 @pytest.mark.parametrize(("kind", "top", "power"), [("eps", 10.0, 3.0), ("v", 10.0, 3.0), ("flow", 1.0, 1.0)])
-def test_sampling_error_halves_when_the_steps_double(kind, top, power):
+def test_sampling_error_halves_when_the_steps_double(kind: Parametrisation, top: float, power: float) -> None:
     model = natural(parametrisation=kind)
     cond = centre(model)
     x0 = model.draw(2, cond)
@@ -25,7 +26,7 @@ def test_sampling_error_halves_when_the_steps_double(kind, top, power):
     assert errors[-2] / errors[-1] == pytest.approx(2, rel=0.1)
 
 
-def test_a_step_follows_the_formula_and_its_ends():
+def test_a_step_follows_the_formula_and_its_ends() -> None:
     x, denoised = torch.full((1, 1, 1, 2), 3.0), torch.full((1, 1, 1, 2), 1.0)
     assert ddim_step(x, denoised, 2.0, 1.0).tolist() == [[[[2.0, 2.0]]]]
     assert ddim_step(x, denoised, 2.0, 4.0).tolist() == [[[[5.0, 5.0]]]]
@@ -36,11 +37,11 @@ def test_a_step_follows_the_formula_and_its_ends():
 
 
 @pytest.mark.parametrize(("kind", "sigma", "sigma_next"), [("eps", 4.0, 1.5), ("v", 1.5, 0.2), ("flow", 0.9, 0.6)])
-def test_an_ancestral_step_lands_on_the_forward_process(kind, sigma, sigma_next):
+def test_an_ancestral_step_lands_on_the_forward_process(kind: Parametrisation, sigma: float, sigma_next: float) -> None:
     """Noise levels add up to those of the next level, and the picture has its share there."""
     x0, old, new = torch.full((1, 1, 1, 1), 2.0), torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
 
-    def step(old, new):
+    def step(old: Tensor, new: Tensor) -> Tensor:
         return ancestral_step(add_noise(x0, old, sigma, kind), x0, sigma, sigma_next, new, kind)
 
     signal = step(old * 0, new * 0)
@@ -52,14 +53,14 @@ def test_an_ancestral_step_lands_on_the_forward_process(kind, sigma, sigma_next)
         assert kept == pytest.approx(sigma_next**2 / sigma, rel=1e-5)
 
 
-def test_an_ancestral_step_ends_at_the_clean_estimate():
+def test_an_ancestral_step_ends_at_the_clean_estimate() -> None:
     x, denoised = torch.full((1, 1, 1, 2), 3.0), torch.full((1, 1, 1, 2), 1.0)
     assert ancestral_step(x, denoised, 2.0, 0.0, x, "eps") is denoised
     assert ancestral_step(x, denoised, 2.0, 2.0, x, "eps") is x
 
 
 @pytest.mark.parametrize(("kind", "top", "power"), [("eps", 10.0, 3.0), ("flow", 1.0, 1.0)])
-def test_ancestral_samples_come_to_spread_as_the_data_does(kind, top, power):
+def test_ancestral_samples_come_to_spread_as_the_data_does(kind: Parametrisation, top: float, power: float) -> None:
     model = natural(parametrisation=kind)
     cond = centre(model)
     data = model.draw(4000, cond)
@@ -74,14 +75,14 @@ def test_ancestral_samples_come_to_spread_as_the_data_does(kind, top, power):
     assert 2 < missing[0] / missing[1] < 5, "the error of the spread falls with the step length"
 
 
-def test_a_point_is_found_in_one_step_whatever_the_start():
+def test_a_point_is_found_in_one_step_whatever_the_start() -> None:
     model = Gaussian((2, 2, 2), torch.zeros(8))  # all data is one point: D is constant, so one step is exact
     cond = centre(model)
     out = sample_ddim(model, torch.randn(3, 2, 2, 2) * 14, torch.tensor([14.6, 0.0]), cond)
     assert torch.equal(out, cond.embedding.view(1, 2, 2, 2).expand(3, -1, -1, -1))
 
 
-def test_guidance_moves_the_mean_linearly_and_costs_two_evaluations():
+def test_guidance_moves_the_mean_linearly_and_costs_two_evaluations() -> None:
     model = natural()
     cond, uncond = centre(model, 0.4), centre(model, 0.1)
     noise = model.draw(1, cond) * 0 + 10
@@ -96,13 +97,13 @@ def test_guidance_moves_the_mean_linearly_and_costs_two_evaluations():
     assert model.evaluations == 40
 
 
-def test_callback_sees_every_step_and_can_replace_the_latent():
+def test_callback_sees_every_step_and_can_replace_the_latent() -> None:
     model = natural()
     cond = centre(model)
     sigmas = ladder(4, 10.0, 1.0)
     seen = []
 
-    def paste(step, sigma_next, x, denoised):
+    def paste(step: int, sigma_next: float, x: Tensor, denoised: Tensor) -> Tensor | None:
         seen.append((step, sigma_next))
         return torch.zeros_like(x) if sigma_next == 0 else None
 
@@ -112,11 +113,11 @@ def test_callback_sees_every_step_and_can_replace_the_latent():
     assert model.steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_interrupt_passes_through():
+def test_interrupt_passes_through() -> None:
     class Interrupt(BaseException):
         pass
 
-    def stop(step):
+    def stop(step: int) -> None:
         if step == 2:
             raise Interrupt
 
@@ -127,7 +128,7 @@ def test_interrupt_passes_through():
     assert model.evaluations == 2
 
 
-def test_bad_input_is_an_error_that_says_what_to_do():
+def test_bad_input_is_an_error_that_says_what_to_do() -> None:
     model = natural()
     cond = centre(model)
     x = model.draw(1, cond)
@@ -141,11 +142,11 @@ def test_bad_input_is_an_error_that_says_what_to_do():
 
 
 @pytest.mark.parametrize("name", [*sorted(STOCHASTIC_SAMPLERS), "my_new_sde", "euler_ancestral_RF"])
-def test_stochastic_samplers_are_refused_by_name(name):
+def test_stochastic_samplers_are_refused_by_name(name: str) -> None:
     with pytest.raises(InvalidSchedule, match=f"'{name}' adds fresh noise.*ddim, euler"):
         require_deterministic(name)
 
 
 @pytest.mark.parametrize("name", ["euler", "ddim", "heun", "dpmpp_2m", "uni_pc", "deis", "euler_cfg_pp"])
-def test_deterministic_samplers_pass(name):
+def test_deterministic_samplers_pass(name: str) -> None:
     require_deterministic(name)
