@@ -155,7 +155,7 @@ def test_sampling_paints_inside_the_mask_and_returns_the_source_outside() -> Non
 
     blend = Blend(source(), half_mask(), "eps")
     painted = torch.full((1, 4, 6, 8), 2.0)
-    out = sample_blended(Keeps(), painted, SIGMAS, blend, torch.full_like(painted, 5.0), highest=20.0)
+    out = sample_blended(Keeps(), painted, SIGMAS, blend, torch.full_like(painted, 5.0), highest=20.0)  # type: ignore[arg-type]
     assert torch.equal(out[..., :4], torch.full((1, 4, 6, 4), 5.0))
     assert torch.equal(out[..., 4:], source()[..., 4:])
 

@@ -160,7 +160,12 @@ class TestGuidance:
         g = guidance(mask=mask, source=source, weights=Weights(0.0, 0.0, 0.0, 100.0))
         assert float(g.loss(torch.zeros(1, 3, 8, 8), g.words(), generator())) == pytest.approx(100 * 0.5**2 / 2)
         seen: list[Tensor] = []
-        network = SimpleNamespace(to=lambda _: lambda a, b: seen.extend([a, b]) or (a - b).square().sum((1, 2, 3)))
+
+        def distance(a: Tensor, b: Tensor) -> Tensor:
+            seen.extend([a, b])
+            return (a - b).square().sum((1, 2, 3))
+
+        network = SimpleNamespace(to=lambda _: distance)
         g = guidance(mask=mask, source=source, weights=Weights(0.0, 0.0, 2.0, 0.0), lpips=network)
         assert float(g.loss(torch.zeros(1, 3, 8, 8), g.words(), generator())) == pytest.approx(2 * 0.25 * 3 * 32)
         assert all(not bool(t[..., :4, :].any()) for t in seen)

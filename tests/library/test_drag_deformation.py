@@ -39,7 +39,7 @@ def scattered(count: int, seed: int, spread: float = 4.0) -> tuple[Tensor, Tenso
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("count", [1, 2, 3, 10, 30])
-def test_every_target_comes_from_its_handle(mode, count):
+def test_every_target_comes_from_its_handle(mode: Mode, count: int) -> None:
     for seed in range(4):
         handles, targets = scattered(count, seed)
         deformation = Deformation(handles.tolist(), targets.tolist(), mode)
@@ -47,7 +47,7 @@ def test_every_target_comes_from_its_handle(mode, count):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_equal_shifts_are_one_shift_everywhere(mode):
+def test_equal_shifts_are_one_shift_everywhere(mode: Mode) -> None:
     handles, _ = scattered(5, 0)
     deformation = Deformation(handles.tolist(), (handles + 16.25).tolist(), mode)
     dx, dy = deformation.origin(torch.tensor([0.0, 7.3, 900.0]), torch.tensor([0.0, 55.5, -4.0]))
@@ -56,7 +56,7 @@ def test_equal_shifts_are_one_shift_everywhere(mode):
 
 
 @pytest.mark.parametrize("degrees", [10, 90, -135, 180])
-def test_two_points_turn_the_plane_exactly(degrees):
+def test_two_points_turn_the_plane_exactly(degrees: float) -> None:
     centre, turn = complex(40, 70), complex(math.cos(math.radians(degrees)), math.sin(math.radians(degrees)))
     handles = [complex(20, 64), complex(66, 80), complex(41, 90)]
     for count in (2, 3):
@@ -71,7 +71,7 @@ def test_two_points_turn_the_plane_exactly(degrees):
         assert deformation.steps == 1
 
 
-def test_scale_enlarges_and_rigid_does_not():
+def test_scale_enlarges_and_rigid_does_not() -> None:
     apart = [(40.0, 50.0), (60.0, 50.0)], [(30.0, 50.0), (70.0, 50.0)]
     above = [(50.0, 40.0)]
     torch.testing.assert_close(
@@ -81,7 +81,7 @@ def test_scale_enlarges_and_rigid_does_not():
     torch.testing.assert_close(turned, torch.tensor([[50.0, 40.0]], dtype=torch.float64), atol=1e-6, rtol=0)
 
 
-def test_stretch_weighs_by_the_inverse_squared_distance():
+def test_stretch_weighs_by_the_inverse_squared_distance() -> None:
     deformation = Deformation([(0.0, 0.0), (103.0, 0.0)], [(0.0, 0.0), (100.0, 0.0)], "stretch")
     assert deformation.steps == 1
     # 1/3 of the way from the anchor: weights 4 to 1.
@@ -92,7 +92,7 @@ def test_stretch_weighs_by_the_inverse_squared_distance():
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("end", [30.0, 300.0])
-def test_pulled_far_from_an_anchor_it_does_not_fold(mode, end):
+def test_pulled_far_from_an_anchor_it_does_not_fold(mode: Mode, end: float) -> None:
     """One step would show parts of the line between the two twice: see the module."""
     deformation = Deformation([(0.0, 0.0), (100.0, 0.0)], [(0.0, 0.0), (end, 0.0)], mode)
     line = origin(deformation, [(x, 0.0) for x in np.linspace(0, end, 200).tolist()])
@@ -101,14 +101,14 @@ def test_pulled_far_from_an_anchor_it_does_not_fold(mode, end):
     assert (1 if mode == "scale" else 2) <= deformation.steps <= MOST_STEPS
 
 
-def test_one_step_would_fold():
+def test_one_step_would_fold() -> None:
     deformation = Deformation([(0.0, 0.0), (100.0, 0.0)], [(0.0, 0.0), (300.0, 0.0)], "stretch")
     deformation.places = deformation.places[[0, -1]]
     line = origin(deformation, [(x, 0.0) for x in np.linspace(0, 300, 200).tolist()])
     assert (line[:, 0].diff() < 0).any()
 
 
-def test_repeated_points_count_once_and_contradictions_are_named():
+def test_repeated_points_count_once_and_contradictions_are_named() -> None:
     once = Deformation([(10.0, 10.0), (50.0, 20.0)], [(12.0, 10.0), (50.0, 29.0)], "rigid")
     twice = Deformation([(10.0, 10.0), (50.0, 20.0), (10.2, 10.0)], [(12.0, 10.0), (50.0, 29.0), (12.1, 10.0)], "rigid")
     torch.testing.assert_close(origin(once, [(7.0, 8.0)]), origin(twice, [(7.0, 8.0)]))
@@ -122,7 +122,7 @@ def test_repeated_points_count_once_and_contradictions_are_named():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_grid_guesses_within_a_small_part_of_a_pixel(mode, monkeypatch):
+def test_a_grid_guesses_within_a_small_part_of_a_pixel(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     handles, targets = scattered(6, 1, spread=10.0)
     deformation = Deformation(handles.tolist(), targets.tolist(), mode)
     exact = displacement(deformation, 3, 5, (150, 171), torch.device("cpu"))
@@ -132,7 +132,7 @@ def test_a_grid_guesses_within_a_small_part_of_a_pixel(mode, monkeypatch):
     assert (exact - guessed).norm(dim=0).max() < 0.15
 
 
-def test_sampling_is_exact_at_centres_bilinear_between_and_continued_beyond():
+def test_sampling_is_exact_at_centres_bilinear_between_and_continued_beyond() -> None:
     values = noise(5, 7)[0]
     y, x = torch.meshgrid(torch.arange(5) + 0.5, torch.arange(7) + 0.5, indexing="ij")
     assert torch.equal(sample(values, x, y), values)

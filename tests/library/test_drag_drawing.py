@@ -25,7 +25,7 @@ def near(colour: tuple[int, int, int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [(400, 600), (900, 500), (128, 128), (64, 200)])
-def test_handles_targets_and_ways_have_their_colours(size):
+def test_handles_targets_and_ways_have_their_colours(size: tuple[int, int]) -> None:
     picture = grey(*size)
     drawn = draw_paths(picture, WAYS, TARGETS)
     assert drawn.shape[1] % size[0] == 0 and drawn.shape[1] // size[0] == drawn.shape[2] // size[1]
@@ -42,7 +42,7 @@ def test_handles_targets_and_ways_have_their_colours(size):
     assert torch.equal(picture, grey(*size))
 
 
-def test_a_large_picture_keeps_its_size_and_most_of_its_pixels():
+def test_a_large_picture_keeps_its_size_and_most_of_its_pixels() -> None:
     picture = torch.rand(1, 500, 700, 3, generator=torch.Generator().manual_seed(0))
     drawn = draw_paths(picture, WAYS, TARGETS)
     assert drawn.shape == picture.shape
@@ -50,14 +50,14 @@ def test_a_large_picture_keeps_its_size_and_most_of_its_pixels():
     assert 0 < changed < 0.05
 
 
-def test_the_number_of_a_point_is_written_beside_it():
+def test_the_number_of_a_point_is_written_beside_it() -> None:
     one, two = (draw_paths(grey(), [[(0.5, 0.5)]] * count) for count in (1, 2))
     around = (slice(None), slice(140, 260), slice(240, 360))
     assert (one[around] == 1).all(-1).any()  # white ink
     assert not torch.equal(one, two)
 
 
-def test_outside_of_the_mask_is_dimmed():
+def test_outside_of_the_mask_is_dimmed() -> None:
     mask = torch.zeros(1, 400, 600)
     mask[:, :, :300] = 1
     drawn = draw_paths(grey(), [[(0.2, 0.5)]], mask=mask)
@@ -65,7 +65,7 @@ def test_outside_of_the_mask_is_dimmed():
     assert 0.1 < at(drawn, 0.9, 0.1)[0] < 0.4
 
 
-def test_points_on_the_border_thirty_points_and_none():
+def test_points_on_the_border_thirty_points_and_none() -> None:
     corners = [[(0.0, 0.0), (1.0, 1.0)], [(1.0, 0.0)], [(0.0, 1.0)], [(1.0, 1.0)]]
     drawn = draw_paths(grey(), corners)
     assert (drawn[0, 0, 0] - near(HANDLE)).abs().max() < 0.25
@@ -74,7 +74,7 @@ def test_points_on_the_border_thirty_points_and_none():
     assert torch.equal(draw_paths(grey(), []), grey())
 
 
-def test_errors():
+def test_errors() -> None:
     with pytest.raises(RetraceError, match="2 paths and 1 targets"):
         draw_paths(grey(), WAYS, TARGETS[:1])
     with pytest.raises(RetraceError, match="one of them has no place"):

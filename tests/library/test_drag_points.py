@@ -8,11 +8,10 @@ import math
 import pytest
 import torch
 
-from retrace.core.errors import InvalidImage
+from retrace.core.errors import InvalidImage, InvalidPoints
 from retrace.drag.points import (
     MOST_POINTS,
     DragPoints,
-    InvalidPoints,
     PointPair,
     Stroke,
     movable_area,
@@ -32,16 +31,16 @@ PAIR = PointPair((0.25, 0.5), (0.75, 0.125))
         "[[0.25, 0.5, 0.75, 0.125]]",
     ],
 )
-def test_every_way_to_write_a_pair_means_the_same(text):
+def test_every_way_to_write_a_pair_means_the_same(text: str) -> None:
     assert parse_points(text) == ((PAIR,), ())
 
 
 @pytest.mark.parametrize("text", ["", "  \n", "{}", "[]", '{"points": [], "strokes": []}'])
-def test_nothing_is_no_points(text):
+def test_nothing_is_no_points(text: str) -> None:
     assert parse_points(text) == ((), ())
 
 
-def test_strokes_keep_their_order_and_kind():
+def test_strokes_keep_their_order_and_kind() -> None:
     strokes = [
         {"points": [[0, 0], [1, 1]], "radius": 0.1},
         {"points": [[0.5, 0.5]], "radius": 1, "erase": True},
@@ -74,19 +73,19 @@ def test_strokes_keep_their_order_and_kind():
         ('{"strokes": [{"points": [[0, 2]], "radius": 0.1}]}', ["stroke 1, point 1", "0..1"]),
     ],
 )
-def test_what_is_wrong_is_said(text, words):
+def test_what_is_wrong_is_said(text: str, words: list[str]) -> None:
     with pytest.raises(InvalidPoints) as caught:
         parse_points(text)
     for word in words:
         assert word in str(caught.value)
 
 
-def test_something_else_than_text_is_named():
+def test_something_else_than_text_is_named() -> None:
     with pytest.raises(InvalidPoints, match=r"got a dict .* a text is needed"):
-        parse_points({"points": []})
+        parse_points({"points": []})  # type: ignore[arg-type]
 
 
-def test_points_on_a_grid_are_row_and_column_rounded_and_never_beyond_the_last_cell():
+def test_points_on_a_grid_are_row_and_column_rounded_and_never_beyond_the_last_cell() -> None:
     corners = DragPoints((PointPair((0.0, 0.0), (1.0, 1.0)), PAIR), torch.zeros(1, 30, 60, 3))
     assert corners.size == (30, 60)
     handles, targets = corners.on_grid(30, 60)
@@ -95,7 +94,7 @@ def test_points_on_a_grid_are_row_and_column_rounded_and_never_beyond_the_last_c
     assert all(value.shape == (0, 2) for value in DragPoints((), corners.picture).on_grid(8, 8))
 
 
-def test_a_dab_is_a_round_disc_on_a_picture_that_is_not_square():
+def test_a_dab_is_a_round_disc_on_a_picture_that_is_not_square() -> None:
     height, width, radius = 40, 80, 10.0
     (mask,) = paint_strokes([Stroke(((0.5, 0.5),), radius / width)], height, width)
     rows, columns = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
@@ -104,7 +103,7 @@ def test_a_dab_is_a_round_disc_on_a_picture_that_is_not_square():
     assert mask.sum().item() == pytest.approx(math.pi * radius**2, rel=0.03)
 
 
-def test_a_stroke_is_a_band_and_the_eraser_takes_it_away():
+def test_a_stroke_is_a_band_and_the_eraser_takes_it_away() -> None:
     path = ((0.25, 0.5), (0.75, 0.5))
     painted = paint_strokes([Stroke(path, 0.1)], 50, 100)
     assert (painted[0, 16:34, 25:75] == 1).all() and painted[0, :14].max() == 0
@@ -113,7 +112,7 @@ def test_a_stroke_is_a_band_and_the_eraser_takes_it_away():
     torch.testing.assert_close(again, painted)
 
 
-def test_what_no_stroke_touches_keeps_every_bit():
+def test_what_no_stroke_touches_keeps_every_bit() -> None:
     below = torch.rand(1, 32, 32, generator=torch.Generator().manual_seed(0))
     painted = paint_strokes([Stroke(((0.25, 0.25),), 0.1)], 32, 32, below)
     assert torch.equal(painted[0, 16:], below[0, 16:])
@@ -121,12 +120,12 @@ def test_what_no_stroke_touches_keeps_every_bit():
     assert torch.equal(paint_strokes([], 32, 32, below), below)
 
 
-def test_a_large_picture_is_painted_less_fine_instead_of_filling_the_memory():
+def test_a_large_picture_is_painted_less_fine_instead_of_filling_the_memory() -> None:
     mask = paint_strokes([Stroke(((0.5, 0.5),), 0.1)], 4000, 6000)
     assert mask.shape == (1, 4000, 6000) and mask.sum().item() == pytest.approx(math.pi * 600**2, rel=0.01)
 
 
-def test_the_area_is_everything_unless_something_was_painted():
+def test_the_area_is_everything_unless_something_was_painted() -> None:
     empty = torch.zeros(1, 64, 64)  # what Load Image gives without transparency
     for mask in (None, empty):
         assert torch.equal(movable_area((), 20, 30, mask), torch.ones(1, 20, 30))
@@ -136,7 +135,7 @@ def test_the_area_is_everything_unless_something_was_painted():
         torch.testing.assert_close(hole, 1 - dab)
 
 
-def test_the_area_is_the_mask_with_the_strokes_on_it():
+def test_the_area_is_the_mask_with_the_strokes_on_it() -> None:
     mask = torch.zeros(1, 20, 30)
     mask[:, :10] = 0.7
     assert torch.equal(movable_area((), 20, 30, mask), mask)
@@ -144,7 +143,7 @@ def test_the_area_is_the_mask_with_the_strokes_on_it():
     assert united[0, 19, 15] == 1 and united[0, 0, 0] == 0 and united[0, 5, 20] == mask[0, 5, 20]
 
 
-def test_a_mask_that_cannot_be_meant_is_refused():
+def test_a_mask_that_cannot_be_meant_is_refused() -> None:
     with pytest.raises(InvalidImage, match="30x20 is needed"):
         movable_area((), 20, 30, torch.ones(1, 64, 64))
     with pytest.raises(InvalidImage, match="one mask for one picture"):

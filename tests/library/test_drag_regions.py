@@ -22,7 +22,7 @@ def ramp(height: int, width: int) -> Tensor:
     ]
 
 
-def test_distances_are_those_to_the_nearest_pixel():
+def test_distances_are_those_to_the_nearest_pixel() -> None:
     selected = torch.zeros(30, 41, dtype=torch.bool)
     selected[[0, 14, 15, 29], [3, 20, 20, 40]] = True
     rows, columns = torch.meshgrid(torch.arange(30), torch.arange(41), indexing="ij")
@@ -36,7 +36,7 @@ def test_distances_are_those_to_the_nearest_pixel():
     assert selected[around(selected, 0)].shape == (30, 38)
 
 
-def test_parts_touch_at_corners_and_a_place_belongs_to_the_nearest():
+def test_parts_touch_at_corners_and_a_place_belongs_to_the_nearest() -> None:
     mask = torch.zeros(9, 12, dtype=torch.bool)
     mask[1, 1] = mask[2, 2] = mask[6, 8] = True
     labels, count = connected_parts(mask)
@@ -48,7 +48,7 @@ def test_parts_touch_at_corners_and_a_place_belongs_to_the_nearest():
     ]
 
 
-def test_filling_is_nearly_the_membrane_and_exact_on_a_plain_ground():
+def test_filling_is_nearly_the_membrane_and_exact_on_a_plain_ground() -> None:
     picture = ramp(60, 81)[0] * 0.7 + 0.1
     region = (instance_masks(sample_scene(scene_rng("train", 1), 1), 3)[0] > 0)[:60, 20:101]
     smooth = membrane(picture.double().movedim(-1, 0), region).movedim(0, -1)[region]

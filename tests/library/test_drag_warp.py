@@ -50,7 +50,7 @@ def box(picture: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_shift_by_whole_pixels_copies_and_its_masks_are_sets(mode):
+def test_a_shift_by_whole_pixels_copies_and_its_masks_are_sets(mode: Mode) -> None:
     picture = noise()
     mask = box(picture, 10, 25, 8, 20)
     result = warp_by_points(pairs([((12, 16), (21, 19))], picture), mask, mode, grow=0, border=0)
@@ -63,7 +63,7 @@ def test_a_shift_by_whole_pixels_copies_and_its_masks_are_sets(mode):
     assert "180 px moved, 100%" in result.report
 
 
-def test_a_shift_by_part_of_a_pixel_is_bilinear():
+def test_a_shift_by_part_of_a_pixel_is_bilinear() -> None:
     picture = noise()
     mask = box(picture, 10, 25, 8, 20)
     result = warp_by_points(pairs([((12, 16), (15.25, 16))], picture), mask)
@@ -74,7 +74,7 @@ def test_a_shift_by_part_of_a_pixel_is_bilinear():
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", [(128, 128), (97, 211)])
-def test_every_handle_lands_on_its_target_in_the_picture(mode, size):
+def test_every_handle_lands_on_its_target_in_the_picture(mode: Mode, size: tuple[int, int]) -> None:
     height, width = size
     picture = ramp(*size)
     moves = [
@@ -92,7 +92,7 @@ def test_every_handle_lands_on_its_target_in_the_picture(mode, size):
     assert (came - torch.tensor([handle for handle, _ in pixels])).norm(dim=1).max() < 0.1
 
 
-def test_no_cracks_in_what_is_enlarged_and_nothing_shows_twice():
+def test_no_cracks_in_what_is_enlarged_and_nothing_shows_twice() -> None:
     picture = ramp(128, 128)
     mask = box(picture, 50, 70, 50, 70)
     moves = [((52, 60), (22, 60)), ((68, 60), (106, 60))]
@@ -105,7 +105,7 @@ def test_no_cracks_in_what_is_enlarged_and_nothing_shows_twice():
         assert (came.diff() > 0).all(), mode
 
 
-def test_hole_is_widened_but_not_into_the_moved_region_and_the_border_band_lies_on_its_edge():
+def test_hole_is_widened_but_not_into_the_moved_region_and_the_border_band_lies_on_its_edge() -> None:
     picture = noise(80, 100)
     mask, moved = box(picture, 20, 50, 10, 40), box(picture, 25, 55, 35, 65)
     points = pairs([((20, 30), (45, 35))], picture)
@@ -126,7 +126,7 @@ def test_hole_is_widened_but_not_into_the_moved_region_and_the_border_band_lies_
     assert torch.equal(wide.image[untouched], picture[untouched])
 
 
-def test_a_border_that_stays_in_place_is_not_painted_anew():
+def test_a_border_that_stays_in_place_is_not_painted_anew() -> None:
     picture = noise(80, 100)
     mask = box(picture, 20, 60, 20, 80)
     anchors = [((20, y), (20, y)) for y in (20, 30, 40, 50, 60)]
@@ -135,7 +135,7 @@ def test_a_border_that_stays_in_place_is_not_painted_anew():
     assert result.inpaint[0, 36:44, 86:].any()
 
 
-def test_the_hole_is_filled_from_around_and_neither_object_shows_in_it():
+def test_the_hole_is_filled_from_around_and_neither_object_shows_in_it() -> None:
     picture = torch.full((1, 64, 96, 3), 0.5)
     picture[:, 20:40, 10:40] = torch.tensor([1.0, 0.0, 0.0])
     result = warp_by_points(pairs([((20, 30), (33, 30))], picture), box(picture, 18, 42, 8, 42), grow=3)
@@ -143,7 +143,7 @@ def test_the_hole_is_filled_from_around_and_neither_object_shows_in_it():
     torch.testing.assert_close(result.image[0][filled], torch.full((int(filled.sum()), 3), 0.5))
 
 
-def test_parts_move_with_their_own_points_and_others_stay():
+def test_parts_move_with_their_own_points_and_others_stay() -> None:
     picture = noise(80, 100)
     mask = box(picture, 10, 20, 10, 20) + box(picture, 50, 60, 10, 20) + box(picture, 10, 20, 70, 80)
     points = pairs([((15, 15), (35, 15)), ((15.5, 64.5), (15.5, 69.5))], picture)
@@ -155,7 +155,7 @@ def test_parts_move_with_their_own_points_and_others_stay():
     assert "point 2 lies 5 px beside the mask" in result.report and "1 part of the mask without points" in result.report
 
 
-def test_where_parts_overlap_the_later_point_is_on_top():
+def test_where_parts_overlap_the_later_point_is_on_top() -> None:
     picture = noise(60, 100)
     mask = box(picture, 10, 30, 10, 30) + box(picture, 10, 30, 60, 80)
     moves = [((20, 20), (40, 20)), ((70, 20), (50, 20))]
@@ -165,7 +165,7 @@ def test_where_parts_overlap_the_later_point_is_on_top():
         assert torch.equal(result.image[:, 12:28, 42:48], picture[:, 12:28, 42 - shift : 48 - shift])
 
 
-def test_what_leaves_the_picture_is_gone():
+def test_what_leaves_the_picture_is_gone() -> None:
     picture = noise(40, 60)
     mask = box(picture, 10, 20, 40, 56)
     partly = warp_by_points(pairs([((45, 15), (55, 15))], picture), mask, grow=0, border=0)
@@ -177,7 +177,7 @@ def test_what_leaves_the_picture_is_gone():
     assert torch.equal(out.inpaint, corner) and not out.moved.any()
 
 
-def test_the_whole_picture_and_no_mask_are_the_same():
+def test_the_whole_picture_and_no_mask_are_the_same() -> None:
     picture = noise(33, 47)
     points = pairs([((10, 10), (16, 12))], picture)
     full, none = warp_by_points(points, torch.ones(1, 33, 47), grow=0, border=0), warp_by_points(points, None, grow=0)
@@ -187,7 +187,7 @@ def test_the_whole_picture_and_no_mask_are_the_same():
     assert torch.isfinite(full.image).all() and full.image.min() >= 0 and full.image.max() <= 1
 
 
-def test_points_at_their_target_change_nothing():
+def test_points_at_their_target_change_nothing() -> None:
     picture = noise()
     mask = box(picture, 10, 25, 8, 20)
     result = warp_by_points(pairs([((12, 16), (12, 16)), ((15, 20), (15, 20))], picture), mask)
@@ -195,7 +195,7 @@ def test_points_at_their_target_change_nothing():
     assert "nothing moves" in result.report
 
 
-def test_one_pixel_thirty_points_and_borders():
+def test_one_pixel_thirty_points_and_borders() -> None:
     picture = noise(41, 63)
     dot = box(picture, 20, 21, 30, 31)
     result = warp_by_points(pairs([((30.5, 20.5), (40.5, 5.5))], picture), dot, grow=0, border=0)
@@ -210,7 +210,7 @@ def test_one_pixel_thirty_points_and_borders():
         assert torch.isfinite(corners.image).all() and torch.isfinite(corners.moved).all()
 
 
-def test_the_type_of_the_picture_is_kept_and_inputs_stay():
+def test_the_type_of_the_picture_is_kept_and_inputs_stay() -> None:
     picture = noise()
     mask = box(picture, 10, 25, 8, 20)
     before = picture.clone(), mask.clone()
@@ -222,7 +222,7 @@ def test_the_type_of_the_picture_is_kept_and_inputs_stay():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_it_works_where_the_picture_is(mode):
+def test_it_works_where_the_picture_is(mode: Mode) -> None:
     """Under another default device, a tensor that is made without naming the picture's would not fit to it."""
     picture = noise()
     mask = box(picture, 10, 25, 8, 20)
@@ -233,7 +233,7 @@ def test_it_works_where_the_picture_is(mode):
     assert torch.equal(result.image, expected.image) and torch.equal(result.inpaint, expected.inpaint)
 
 
-def test_errors_say_what_to_do():
+def test_errors_say_what_to_do() -> None:
     picture = noise()
     points, mask = pairs([((12, 16), (20, 16))], picture), box(picture, 10, 25, 8, 20)
     with pytest.raises(InvalidPoints, match=r"there are none. Place"):
@@ -251,7 +251,7 @@ def test_errors_say_what_to_do():
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_an_object_of_a_scene_arrives_with_its_colour_and_shape(count):
+def test_an_object_of_a_scene_arrives_with_its_colour_and_shape(count: int) -> None:
     for index in range(count, 12, 3):
         rng = scene_rng("train", 910_000 + index)
         scene = sample_scene(rng, 1)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from retrace.blending.paste import paste_background
 from retrace.cli.edit import STAGES, EditSettings, edit_image
 from retrace.core.errors import InvalidImage, InvalidSchedule, RetraceError
 from retrace.core.host import Parametrisation
+from retrace.core.prompt import Prompt
 from retrace.pictures.contact_sheet import contact_sheet, edit_panels
 
 SOURCE, TARGET = "0.2", "0.8"  # prompts of the model below are the grey that it draws
@@ -46,14 +47,24 @@ class Grey:
     def fingerprint(self) -> str:
         return "grey"
 
-    def encode_text(self, prompt: str) -> float:
+    def encode_text(self, prompt: str | Sequence[str]) -> float:
+        assert isinstance(prompt, str)
         return float(prompt or 0.5)
+
+    def read_prompts(self, prompts: Sequence[str]) -> list[Prompt]:
+        raise NotImplementedError
 
     def encode_image(self, image: Tensor) -> Tensor:
         return F.avg_pool2d(image.movedim(-1, 1), 8)
 
     def decode_latent(self, latent: Tensor) -> Tensor:
         return F.interpolate(latent, scale_factor=8).movedim(1, -1).clamp(0, 1)
+
+    def decode_differentiable(self, latent: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def private_decoder(self, latent: Tensor) -> AbstractContextManager[nn.Module]:
+        raise NotImplementedError
 
     def run(
         self, latent: Tensor, conds: Mapping[str, Any], method: Callable[..., Any], *, gradients: bool = False
@@ -264,4 +275,5 @@ def test_the_contact_sheet_holds_five_pictures(image: Tensor, mask: Tensor) -> N
     assert sheet.width >= 5 * 256 and sheet.height >= 32 * 5
     # The first picture, enlarged, lies under its title.
     red = round(float(result.source[0, 0, 0, 0]) * 255)
-    assert any(sheet.getpixel((20, y))[0] == red for y in range(40, 120))
+    column = [sheet.getpixel((20, y)) for y in range(40, 120)]
+    assert any(isinstance(pixel, tuple) and pixel[0] == red for pixel in column)

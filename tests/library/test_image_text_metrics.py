@@ -6,32 +6,35 @@ A stand-in whose vectors are mean colours gives every CLIP score a closed form.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from retrace.core.errors import InvalidImage, RetraceError
 from retrace.metrics import clip_score, clip_scores, edit_report, self_similarity, spatial_tokens, structure_distance
+from retrace.models.clip.model import ImageTextModel
+from retrace.models.pebble.scenes import Scene
 
 COLOURS = {"red": (1.0, 0.0, 0.0), "grey": (1.0, 1.0, 1.0)}
 
 
-class MeanColour:
+class MeanColour(ImageTextModel):
     """Pictures become the direction of their mean colour, words that of their colour, and 4x4 pixels are a token."""
 
     mean = (0.2, 0.4, 0.6)
 
-    def __init__(self):
-        self.seen = []
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
 
-    def encode_images(self, images):
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         self.seen.append(images)
         return torch.nn.functional.normalize(images.mean(dim=(1, 2)), dim=-1)
 
-    def encode_texts(self, texts):
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         return torch.nn.functional.normalize(torch.tensor([COLOURS[text] for text in texts]), dim=-1)
 
-    def visual_tokens(self, images):
+    def visual_tokens(self, images: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.avg_pool2d(images.movedim(-1, 1), 4).flatten(2).transpose(1, 2)
 
 
@@ -44,7 +47,7 @@ def red_on_green() -> tuple[torch.Tensor, torch.Tensor]:
     return picture, region
 
 
-def test_clip_score_closed_forms():
+def test_clip_score_closed_forms() -> None:
     picture, region = red_on_green()
     clip = MeanColour()
     scores = clip_scores(picture, "red", clip, region)
@@ -60,7 +63,7 @@ def test_clip_score_closed_forms():
     assert both[1].item() == pytest.approx(1) and both.shape == (2,)
 
 
-def test_clip_scores_where_there_is_no_such_part():
+def test_clip_scores_where_there_is_no_such_part() -> None:
     picture, region = red_on_green()
     batch = torch.cat([torch.zeros_like(region), region, torch.ones_like(region)])
     scores = clip_scores(picture.expand(3, -1, -1, -1), "red", MeanColour(), batch)
@@ -73,7 +76,7 @@ def test_clip_scores_where_there_is_no_such_part():
         clip_score(picture[0], "red", MeanColour())
 
 
-def test_structure_distance_known_values():
+def test_structure_distance_known_values() -> None:
     tokens = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(0))
     other = torch.randn(1, 9, 5, generator=torch.Generator().manual_seed(1))
     assert structure_distance(tokens, tokens).abs().max() == 0
@@ -96,7 +99,7 @@ def test_structure_distance_known_values():
         structure_distance(tokens, other[:, :8])
 
 
-def test_report_with_clip():
+def test_report_with_clip() -> None:
     picture, region = red_on_green()
     source = torch.zeros_like(picture)
     source[..., 1] = 1
@@ -125,7 +128,7 @@ def test_report_with_clip():
         edit_report(both, source, region.float(), prompt="red")
 
 
-def test_pebbles_clip_tells_a_good_edit_from_none():
+def test_pebbles_clip_tells_a_good_edit_from_none() -> None:
     pytest.importorskip("open_clip")
     from retrace.models.clip.model import load_image_text_model
     from retrace.models.pebble.scenes import instance_masks, render, sample_scene, scene_rng
@@ -144,12 +147,12 @@ def test_pebbles_clip_tells_a_good_edit_from_none():
     assert none.structure_distance == 0 and 0 < (edit.structure_distance or 0) < 1
 
 
-def _differs(one, other) -> bool:
+def _differs(one: Scene, other: Scene) -> bool:
     return one.objects[0].colour != other.objects[0].colour and one.objects[0].shape != other.objects[0].shape
 
 
 @pytest.mark.parametrize(("tokens", "spatial"), [(257, 256), (50, 49), (729, 729), (201, 196), (1370, 1369)])
-def test_spatial_tokens_come_after_class_and_registers(tokens, spatial):
+def test_spatial_tokens_come_after_class_and_registers(tokens: int, spatial: int) -> None:
     """CLIP, CLIP B/32, SigLIP, DINOv3 with four registers, DINOv2 at 518 pixels."""
     every = torch.arange(tokens)[None, :, None]
     assert spatial_tokens(every).flatten().tolist() == list(range(tokens - spatial, tokens))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def disc(size: int, radius: float, centre: tuple[float, float]) -> torch.Tensor:
 
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_levels_go_from_the_exact_mask_to_the_boxes_and_never_shrink(seed, soft):
+def test_levels_go_from_the_exact_mask_to_the_boxes_and_never_shrink(seed: int, soft: bool) -> None:
     mask = blob(seed)
     assert 0 < mask.mean() < 1
     family = [mask_precision(mask, level, LEVELS, soft=soft) for level in range(LEVELS + 1)]
@@ -58,20 +59,20 @@ def test_levels_go_from_the_exact_mask_to_the_boxes_and_never_shrink(seed, soft)
         assert (smaller <= larger).all()
 
 
-def test_a_disc_grows_at_every_level():
+def test_a_disc_grows_at_every_level() -> None:
     areas = [mask_precision(disc(64, 20, (32, 32)), level).sum().item() for level in range(LEVELS + 1)]
     assert areas[0] == disc(64, 20, (32, 32)).sum() and areas[-1] == 40 * 40
     shares = [(area - areas[0]) / (areas[-1] - areas[0]) for area in areas]
     assert all(later - earlier > 0.05 for earlier, later in itertools.pairwise(shares)), shares
 
 
-def test_a_thin_diagonal_stroke_is_one_instance_and_grows():
+def test_a_thin_diagonal_stroke_is_one_instance_and_grows() -> None:
     mask = torch.eye(40)[None]
     areas = [mask_precision(mask, level).sum().item() for level in range(LEVELS + 1)]
     assert areas == sorted(set(areas)) and areas[-1] == 1600
 
 
-def test_growth_scales_with_the_instance():
+def test_growth_scales_with_the_instance() -> None:
     small, large = disc(64, 12, (30, 30)), disc(640, 120, (300, 300))
     for level in range(1, LEVELS):
         grown = F.interpolate(mask_precision(small, level)[None], scale_factor=10)[0]
@@ -79,7 +80,7 @@ def test_growth_scales_with_the_instance():
         assert abs(grown.sum() / reference.sum() - 1) < 0.05
 
 
-def test_sigma_and_kernel_grow_with_level_and_side():
+def test_sigma_and_kernel_grow_with_level_and_side() -> None:
     kernels = [precision_kernel(level, 5, 100) for level in range(6)]
     assert [sigma for _, sigma in kernels] == pytest.approx([0.1, 5, 10, 15, 20, 25])
     assert all(size % 2 == 1 and size >= 2 * math.ceil(3 * sigma) + 1 for size, sigma in kernels)
@@ -88,14 +89,14 @@ def test_sigma_and_kernel_grow_with_level_and_side():
 
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("level", range(LEVELS + 1))
-def test_objects_grow_independently_and_keep_their_own_size_and_box(level, soft):
+def test_objects_grow_independently_and_keep_their_own_size_and_box(level: int, soft: bool) -> None:
     large, small = disc(96, 22, (30, 30)), disc(96, 5, (80, 70))
     both = mask_precision(torch.maximum(large, small), level, soft=soft)
     apart = [mask_precision(one, level, soft=soft) for one in (large, small)]
     assert torch.equal(both, torch.maximum(*apart))
 
 
-def test_an_object_inside_the_box_of_another():
+def test_an_object_inside_the_box_of_another() -> None:
     frame = torch.zeros(1, 40, 40)
     frame[:, 5:35, 5:8] = 1
     frame[:, 32:35, 5:35] = 1  # an L: its box holds the dot
@@ -105,7 +106,7 @@ def test_an_object_inside_the_box_of_another():
     assert torch.equal(both, torch.maximum(mask_precision(frame, 2), dot))
 
 
-def test_a_batch_is_its_masks():
+def test_a_batch_is_its_masks() -> None:
     masks = torch.cat([blob(1), blob(2), torch.zeros(1, 48, 48), torch.ones(1, 48, 48)])
     for level in (0, 3, LEVELS):
         whole = mask_precision(masks, level)
@@ -113,7 +114,7 @@ def test_a_batch_is_its_masks():
         assert whole[2].max() == 0 and whole[3].min() == 1
 
 
-def test_soft_masks():
+def test_soft_masks() -> None:
     hard = disc(48, 12, (24, 24))
     mask = 0.6 * hard
     keep = [mask_precision(mask, level, soft=True) for level in range(LEVELS + 1)]
@@ -125,19 +126,19 @@ def test_soft_masks():
     assert torch.equal(mask_precision(0.2 * hard + 0.4 * disc(48, 6, (24, 24)), 0), disc(48, 6, (24, 24)))
 
 
-def test_the_soft_ramp_cut_at_half_is_the_binary_mask():
+def test_the_soft_ramp_cut_at_half_is_the_binary_mask() -> None:
     mask = blob(3)
     for level in range(LEVELS + 1):
         assert torch.equal((mask_precision(mask, level, soft=True) >= 0.5).float(), mask_precision(mask, level))
 
 
-def test_invisible_values_do_not_stretch_the_box():
+def test_invisible_values_do_not_stretch_the_box() -> None:
     mask = disc(48, 8, (24, 24)) + 0.001 * disc(48, 30, (24, 24))
     box = mask_precision(mask.clamp(0, 1), LEVELS, soft=True)
     assert (box > 0.5).sum() == 16 * 16
 
 
-def test_type_is_kept_and_the_input_untouched():
+def test_type_is_kept_and_the_input_untouched() -> None:
     mask = blob(4).half()
     before = mask.clone()
     for level in (0, 2, LEVELS):
@@ -146,7 +147,7 @@ def test_type_is_kept_and_the_input_untouched():
     assert torch.equal(mask, before)
 
 
-def test_precision_errors():
+def test_precision_errors() -> None:
     mask = blob(5)
     with pytest.raises(InvalidSchedule, match="level: got 6, but a whole number 0 to 5"):
         mask_precision(mask, 6, 5)
@@ -162,14 +163,14 @@ def test_precision_errors():
         mask_precision(mask[0], 1)
 
 
-def test_a_missing_kornia_is_named(monkeypatch):
+def test_a_missing_kornia_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kornia.filters", None)
     with pytest.raises(MissingPackage, match=r"needed to blur masks.*pip install kornia"):
         mask_precision(blob(5), 1)
 
 
 @pytest.mark.parametrize("offset", range(8))
-def test_a_line_of_one_pixel_survives(offset):
+def test_a_line_of_one_pixel_survives(offset: int) -> None:
     mask = torch.zeros(1, 32, 32)
     mask[:, 8 + offset] = 1
     expected = torch.zeros(1, 4, 4)
@@ -179,7 +180,7 @@ def test_a_line_of_one_pixel_survives(offset):
     assert torch.allclose(latent_mask(mask, mode="area"), expected / 8)
 
 
-def test_latent_modes_on_soft_values():
+def test_latent_modes_on_soft_values() -> None:
     mask = torch.zeros(1, 16, 16)
     mask[0, 3, 3], mask[0, 4, 4], mask[0, 0, 8] = 0.25, 0.5, 0.75
     assert latent_mask(mask).tolist() == [[[0.5, 0.75], [0, 0]]]
@@ -188,7 +189,7 @@ def test_latent_modes_on_soft_values():
     assert latent_mask(mask, mode="nearest").tolist() == [[[0, 0.75], [0, 0]]]
 
 
-def test_latent_sizes():
+def test_latent_sizes() -> None:
     assert latent_mask(torch.ones(2, 24, 40), factor=4).shape == (2, 6, 10)
     for x in range(19):  # 19 pixels on 2 cells: every pixel reaches one
         mask = torch.zeros(1, 8, 19)
@@ -208,7 +209,7 @@ def side_of_dot(mask: torch.Tensor) -> int:
     return side
 
 
-def test_shrink_schedule_of_the_reference():
+def test_shrink_schedule_of_the_reference() -> None:
     dot = torch.zeros(1, 16, 16)
     dot[0, 8, 8] = 1
     sides = [side_of_dot(mask) for mask in shrink_schedule(dot, steps=50, stages=3)]
@@ -217,7 +218,7 @@ def test_shrink_schedule_of_the_reference():
 
 @pytest.mark.parametrize("stages", range(5))
 @pytest.mark.parametrize("steps", range(1, 31))
-def test_any_schedule_only_shrinks_and_ends_on_the_mask(steps, stages):
+def test_any_schedule_only_shrinks_and_ends_on_the_mask(steps: int, stages: int) -> None:
     dot = torch.zeros(1, 16, 16)
     dot[0, 8, 8] = 1
     sides = [side_of_dot(mask) for mask in shrink_schedule(dot, steps, stages)]
@@ -227,7 +228,7 @@ def test_any_schedule_only_shrinks_and_ends_on_the_mask(steps, stages):
         assert set(sides) == {1 + 2 * i for i in range(stages + 1)}
 
 
-def test_shrink_schedule_keeps_soft_values_batches_and_no_stages():
+def test_shrink_schedule_keeps_soft_values_batches_and_no_stages() -> None:
     masks = torch.rand(2, 6, 6)
     assert all(mask is masks for mask in shrink_schedule(masks, 3, 0))
     first = shrink_schedule(masks, 4, 1)[0]
@@ -238,7 +239,7 @@ def test_shrink_schedule_keeps_soft_values_batches_and_no_stages():
         shrink_schedule(masks, 0, 1)
 
 
-def test_feather_reaches_exactly_its_radius():
+def test_feather_reaches_exactly_its_radius() -> None:
     edge = torch.zeros(1, 5, 40)
     edge[..., 20:] = 1
     soft = feather(edge, 4)
@@ -249,7 +250,7 @@ def test_feather_reaches_exactly_its_radius():
     assert feather(edge, 0) is edge
 
 
-def test_inward_feather_stays_inside():
+def test_inward_feather_stays_inside() -> None:
     mask = blob(7)
     faded = feather_inward(mask, 3)
     assert (faded <= mask).all() and torch.equal(faded > 0, mask > 0)
@@ -265,6 +266,6 @@ def test_inward_feather_stays_inside():
 
 @pytest.mark.parametrize("function", [feather, feather_inward])
 @pytest.mark.parametrize("radius", [-1, float("nan"), "2"])
-def test_a_radius_that_is_none(function, radius):
+def test_a_radius_that_is_none(function: Callable[..., torch.Tensor], radius: float | str) -> None:
     with pytest.raises(InvalidSchedule, match="radius: got"):
         function(torch.ones(1, 4, 4), radius)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def waves() -> tuple[torch.Tensor, torch.Tensor]:
     return first[None], second[None]
 
 
-def test_against_scikit_image():
+def test_against_scikit_image() -> None:
     # scikit-image 0.26.0: structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
     # data_range=1, channel_axis=-1, full=True), its map averaged over [8:16, 10:20]; peak_signal_noise_ratio.
     first, second = waves()
@@ -46,7 +47,7 @@ def test_against_scikit_image():
     assert mse(first, second).item() == pytest.approx(0.009522628920675178, abs=1e-12)
 
 
-def test_border_gradient_is_the_mean_step_across_the_border():
+def test_border_gradient_is_the_mean_step_across_the_border() -> None:
     image = torch.zeros(2, 8, 10, 3)
     image[0, 2:5, 3:7] = torch.tensor([0.3, 0.0, 0.4])  # a step of 0.5 all around
     image[1, :, :, 0] = torch.arange(10) / 100  # a ramp of 0.01 to the right, none downwards
@@ -59,7 +60,7 @@ def test_border_gradient_is_the_mean_step_across_the_border():
     assert border_gradient(image, torch.ones(1, 8, 10)).isnan().all()
 
 
-def test_closed_forms_on_flat_pictures():
+def test_closed_forms_on_flat_pictures() -> None:
     a, b = torch.full((1, 16, 16, 3), 0.25).double(), torch.full((1, 16, 16, 3), 0.75).double()
     c1 = 0.01**2
     assert mse(a, b).item() == pytest.approx(0.25)
@@ -68,7 +69,7 @@ def test_closed_forms_on_flat_pictures():
     assert eight_bit_difference(a, b).unique().tolist() == [127]  # 0.25 and 0.75 round to 64 and 191
 
 
-def test_identical_pictures():
+def test_identical_pictures() -> None:
     image = waves()[0]
     black = torch.zeros_like(image)
     for one in (image, black):
@@ -77,13 +78,13 @@ def test_identical_pictures():
         assert mse(one, one).item() == 0
 
 
-def test_values_are_per_image_and_one_target_serves_all():
+def test_values_are_per_image_and_one_target_serves_all() -> None:
     first, second = waves()
     both = psnr(torch.cat([first, second]), first)
     assert both.tolist() == pytest.approx([PSNR_CAP, 20.21243138996884])
 
 
-def test_regions():
+def test_regions() -> None:
     target = torch.full((1, 16, 16, 3), 0.5)
     image = target.clone()
     image[:, :, :4] += 0.1
@@ -101,13 +102,13 @@ def test_regions():
     assert torch.isnan(mse(image, target, ~everything)).all()
 
 
-def test_changes_below_half_a_level_do_not_count():
+def test_changes_below_half_a_level_do_not_count() -> None:
     image = torch.full((1, 16, 16, 3), 100 / 255)
     assert changed_pixels(image + 0.4 / 255, image).item() == 0
     assert eight_bit_difference(image + 0.6 / 255, image).max() == 1
 
 
-def test_metric_errors():
+def test_metric_errors() -> None:
     image = torch.rand(1, 16, 16, 3)
     with pytest.raises(InvalidImage, match="at least 11x11"):
         ssim(image[:, :10], image[:, :10])
@@ -127,13 +128,14 @@ def example() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return edited, source, mask
 
 
-def test_report_of_a_batch():
+def test_report_of_a_batch() -> None:
     report = edit_report(*example())
     clean, leaky = report.images
     assert clean.outside.psnr == PSNR_CAP and clean.max_difference_outside == 0 and clean.changed_outside == 0
     assert clean.inside.psnr == pytest.approx(20, abs=1e-4) and clean.inside.mse == pytest.approx(0.01, rel=1e-4)
     assert leaky.max_difference_outside == 10 and leaky.changed_outside == pytest.approx(16 / 768)
     assert report.max_difference_outside == 10 and report.mask_area == 0.25
+    assert clean.overall.mse is not None and leaky.overall.mse is not None
     assert report.overall.mse == pytest.approx((clean.overall.mse + leaky.overall.mse) / 2)
     assert report.overall.lpips is None
     text = report.text()
@@ -142,18 +144,18 @@ def test_report_of_a_batch():
     assert "LPIPS" not in text
 
 
-def test_the_report_table_lines_up():
+def test_the_report_table_lines_up() -> None:
     head, *rows = edit_report(*example()).text().splitlines()[:4]
     assert head.split() == ["region", "PSNR", "dB", "SSIM", "MSE"]
     assert {len(row) for row in rows} == {len(head)}
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_the_json_is_valid_for_empty_and_full_masks_and_identical_pictures(value):
+def test_the_json_is_valid_for_empty_and_full_masks_and_identical_pictures(value: float) -> None:
     source = torch.rand(1, 16, 16, 3, generator=torch.Generator().manual_seed(0))
     report = edit_report(source, source, torch.full((1, 16, 16), value))
 
-    def refuse(name):
+    def refuse(name: str) -> None:
         raise AssertionError(name)
 
     content = json.loads(report.json(), parse_constant=refuse)
@@ -167,7 +169,7 @@ def test_the_json_is_valid_for_empty_and_full_masks_and_identical_pictures(value
     assert expected in report.text()
 
 
-def test_report_errors():
+def test_report_errors() -> None:
     edited, source, mask = example()
     with pytest.raises(InvalidImage, match=r"edited image: got.*Split Image with Alpha"):
         edit_report(torch.rand(2, 32, 32, 4), source, mask)
@@ -182,8 +184,8 @@ def test_report_errors():
 
 
 @pytest.fixture
-def no_network(monkeypatch):
-    def refuse(*args, **kwargs):
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("something tried to reach the network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
@@ -192,7 +194,7 @@ def no_network(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def backbone_file(tmp_path_factory):
+def backbone_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("lpips")
     shapes = [(64, 3, 11), (192, 64, 5), (384, 192, 3), (256, 384, 3), (256, 256, 3)]
     generator = torch.Generator().manual_seed(0)
@@ -206,7 +208,9 @@ def backbone_file(tmp_path_factory):
     return file
 
 
-def test_missing_lpips_weights_are_named_and_not_downloaded(no_network, monkeypatch, tmp_path):
+def test_missing_lpips_weights_are_named_and_not_downloaded(
+    no_network: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     pytest.importorskip("lpips")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(InvalidFile) as caught:
@@ -217,13 +221,13 @@ def test_missing_lpips_weights_are_named_and_not_downloaded(no_network, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_package_is_named(monkeypatch):
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(MissingPackage, match=r"needed to measure LPIPS.*pip install lpips"):
         load_lpips()
 
 
-def test_the_cache_of_torch_hub_is_used(monkeypatch, tmp_path):
+def test_the_cache_of_torch_hub_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     file = tmp_path / "checkpoints" / "vgg16-397923af.pth"
@@ -233,7 +237,7 @@ def test_the_cache_of_torch_hub_is_used(monkeypatch, tmp_path):
         find_backbone("resnet")  # type: ignore[arg-type]
 
 
-def test_damaged_and_foreign_weights(no_network, tmp_path):
+def test_damaged_and_foreign_weights(no_network: None, tmp_path: Path) -> None:
     pytest.importorskip("lpips")
     broken = tmp_path / "broken.pth"
     broken.write_bytes(b"PK\x03\x04 truncated")
@@ -250,7 +254,7 @@ def test_damaged_and_foreign_weights(no_network, tmp_path):
         load_lpips("alex", foreign)
 
 
-def test_lpips_scores_and_regions(no_network, backbone_file):
+def test_lpips_scores_and_regions(no_network: None, backbone_file: Path) -> None:
     state = torch.random.get_rng_state()
     model = load_lpips("alex", backbone_file)
     assert torch.equal(torch.random.get_rng_state(), state)

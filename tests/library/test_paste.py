@@ -24,7 +24,7 @@ def saved(image: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("feather", [0, 1, 2.5, 8])
-def test_outside_the_mask_every_bit_is_the_source(feather):
+def test_outside_the_mask_every_bit_is_the_source(feather: float) -> None:
     edited, source, mask = pictures()
     result = paste_background(edited, source, mask, feather)
     outside = mask == 0
@@ -34,7 +34,7 @@ def test_outside_the_mask_every_bit_is_the_source(feather):
     assert not torch.equal(result[~outside], source[~outside])
 
 
-def test_every_8_bit_value_survives_next_to_any_edit():
+def test_every_8_bit_value_survives_next_to_any_edit() -> None:
     source = (torch.arange(256).float() / 255).reshape(1, 16, 16, 1).expand(1, 16, 16, 3)
     result = paste_background(1 - source, source, torch.eye(16)[None], 2)
     outside = torch.eye(16) == 0
@@ -42,13 +42,13 @@ def test_every_8_bit_value_survives_next_to_any_edit():
     assert torch.equal(saved(source)[0, ..., 0].flatten(), torch.arange(256, dtype=torch.uint8))
 
 
-def test_without_feather_the_inside_is_the_edit_bit_for_bit():
+def test_without_feather_the_inside_is_the_edit_bit_for_bit() -> None:
     edited, source, mask = pictures()
     result = paste_background(edited, source, mask)
     assert torch.equal(result[mask == 1], edited[mask == 1])
 
 
-def test_soft_masks_mix_linearly():
+def test_soft_masks_mix_linearly() -> None:
     edited, source, mask = pictures()
     mask[:, 8:12, 6:10] = 0.25
     result = paste_background(edited, source, mask)
@@ -56,7 +56,7 @@ def test_soft_masks_mix_linearly():
     assert torch.allclose(result[soft], 0.75 * source[soft] + 0.25 * edited[soft])
 
 
-def test_feather_fades_inward_and_ends_on_the_edit():
+def test_feather_fades_inward_and_ends_on_the_edit() -> None:
     edited, source, mask = pictures(1)
     result = paste_background(torch.ones_like(edited), torch.zeros_like(source), mask, 3)
     row = result[0, 12, :, 0]
@@ -64,27 +64,27 @@ def test_feather_fades_inward_and_ends_on_the_edit():
     assert (row[4:8].diff() > 0).all() and row[7] == 1
 
 
-def test_empty_and_full_masks():
+def test_empty_and_full_masks() -> None:
     edited, source, mask = pictures()
     assert torch.equal(paste_background(edited, source, torch.zeros_like(mask), 2), source)
     assert torch.equal(paste_background(edited, source, torch.ones_like(mask), 2), edited)
 
 
-def test_one_source_and_one_mask_serve_a_batch():
+def test_one_source_and_one_mask_serve_a_batch() -> None:
     edited, source, mask = pictures(3)
     result = paste_background(edited, source[:1], mask[:1], 1)
     for one, alone in zip(result, edited, strict=True):
         assert torch.equal(one, paste_background(alone[None], source[:1], mask[:1], 1)[0])
 
 
-def test_the_result_has_the_type_of_the_source_and_inputs_stay():
+def test_the_result_has_the_type_of_the_source_and_inputs_stay() -> None:
     edited, source, mask = pictures()
     copies = [tensor.clone() for tensor in (edited, source, mask)]
     assert paste_background(edited.half(), source, mask.half(), 2).dtype == torch.float32
     assert all(torch.equal(*pair) for pair in zip((edited, source, mask), copies, strict=True))
 
 
-def test_errors_say_what_to_do():
+def test_errors_say_what_to_do() -> None:
     edited, source, mask = pictures()
     with pytest.raises(InvalidImage, match=r"edited image: got.*20x16 pixels.*20x24 of the source image.*Resize"):
         paste_background(edited[:, :16], source, mask)

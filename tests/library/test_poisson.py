@@ -26,7 +26,7 @@ def laplacian(picture: torch.Tensor) -> torch.Tensor:
     return 4 * p[1:-1, 1:-1] - p[:-2, 1:-1] - p[2:, 1:-1] - p[1:-1, :-2] - p[1:-1, 2:]
 
 
-def test_inside_are_the_gradients_of_the_edit_and_outside_is_the_source():
+def test_inside_are_the_gradients_of_the_edit_and_outside_is_the_source() -> None:
     edited, source, mask = pictures(2)
     mask[1] = 0
     mask[1, 3:35, 20:25] = 0.3
@@ -38,13 +38,13 @@ def test_inside_are_the_gradients_of_the_edit_and_outside_is_the_source():
 
 
 @pytest.mark.parametrize("offset", [0.2, -0.15])
-def test_a_copy_in_another_brightness_becomes_the_source(offset):
+def test_a_copy_in_another_brightness_becomes_the_source(offset: float) -> None:
     _, source, mask = pictures()
     blended = poisson_blend(source + offset, source, mask)
     torch.testing.assert_close(blended, source, rtol=0, atol=1e-5)
 
 
-def test_between_two_levels_the_membrane_is_a_ramp():
+def test_between_two_levels_the_membrane_is_a_ramp() -> None:
     """In one dimension a harmonic function is a straight line; the picture's border prescribes nothing."""
     values = torch.zeros(1, 12, 31, dtype=torch.float64)
     values[:, :, -1] = 1
@@ -54,7 +54,7 @@ def test_between_two_levels_the_membrane_is_a_ramp():
     torch.testing.assert_close(membrane(values, inside)[0, :, 1:-1], ramp[1:-1].expand(12, -1), rtol=0, atol=1e-4)
 
 
-def test_one_pixel_is_the_mean_of_its_neighbours():
+def test_one_pixel_is_the_mean_of_its_neighbours() -> None:
     values = torch.rand(3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for row, column, around in ((2, 2, ((1, 2), (3, 2), (2, 1), (2, 3))), (0, 0, ((0, 1), (1, 0)))):
         inside = torch.zeros(5, 5, dtype=torch.bool)
@@ -64,7 +64,7 @@ def test_one_pixel_is_the_mean_of_its_neighbours():
 
 
 @pytest.mark.parametrize("side", ["top", "bottom", "left", "right", "frame"])
-def test_masks_may_touch_the_border(side):
+def test_masks_may_touch_the_border(side: str) -> None:
     _, source, mask = pictures()
     part = {
         "top": (slice(0, 11), slice(None)),
@@ -80,7 +80,7 @@ def test_masks_may_touch_the_border(side):
     torch.testing.assert_close(poisson_blend(source + 0.2, source, mask), source, rtol=0, atol=2e-5)
 
 
-def test_an_empty_mask_gives_the_source_and_inputs_stay():
+def test_an_empty_mask_gives_the_source_and_inputs_stay() -> None:
     edited, source, mask = pictures(3)
     copies = [tensor.clone() for tensor in (edited, source, mask)]
     result = poisson_blend(edited, source[:1], torch.zeros_like(mask[:1]))
@@ -92,7 +92,7 @@ def test_an_empty_mask_gives_the_source_and_inputs_stay():
     assert poisson_blend(edited * 0, source, mask).min() >= 0 and poisson_blend(edited * 0 + 1, source, mask).max() <= 1
 
 
-def test_errors_say_what_to_do():
+def test_errors_say_what_to_do() -> None:
     edited, source, mask = pictures(2)
     with pytest.raises(InvalidImage, match=r"above 0 everywhere.*Paint"):
         poisson_blend(edited, source, torch.ones_like(mask))

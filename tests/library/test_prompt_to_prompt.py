@@ -38,7 +38,7 @@ def call(kind: str, rows: Sequence[Row], side: int = 4) -> AttentionCall:
 
 
 def maps(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)  # type: ignore[no-any-return]
 
 
 class TestAlignment:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 
-from retrace.clip_guidance.ranking import rank_by_clip
+from retrace.clip_guidance.ranking import Region, rank_by_clip
 from retrace.core.errors import InvalidImage, RetraceError
+from retrace.models.clip.model import ImageTextModel
 from retrace.pictures.labels import with_labels
 
 
-class MeanColour:
+class MeanColour(ImageTextModel):
     """Pictures become the direction of their mean colour; "red" is that of red."""
 
     name, mean, size, device = "stand-in", (0.2, 0.4, 0.6), (8, 8), torch.device("cpu")
@@ -28,7 +30,7 @@ class MeanColour:
         self.raw.append(pixels)
         return pixels.mean(dim=(2, 3))
 
-    def encode_texts(self, texts: list[str]) -> torch.Tensor:
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         assert texts == ["red"]
         return torch.tensor([[1.0, 0.0, 0.0]])
 
@@ -49,7 +51,7 @@ def cosine(red: float) -> float:
 
 
 @pytest.mark.parametrize("region", ["masked", "box"])
-def test_the_region_is_ranked_and_equal_ones_keep_their_order(region):
+def test_the_region_is_ranked_and_equal_ones_keep_their_order(region: Region) -> None:
     images, mask = candidates()
     ranking = rank_by_clip(images, "red", MeanColour(), mask, region)
     assert ranking.order == (1, 3, 2, 0) and not ranking.distance
@@ -59,7 +61,7 @@ def test_the_region_is_ranked_and_equal_ones_keep_their_order(region):
     assert ranking.labels()[3] == f"4: {cosine(0.2):.4f} [0]"
 
 
-def test_whole_pictures_need_no_mask():
+def test_whole_pictures_need_no_mask() -> None:
     images, mask = candidates()
     ranking = rank_by_clip(images, "red", MeanColour(), mask, "whole")
     assert ranking.order == (0, 2, 1, 3)
@@ -67,7 +69,7 @@ def test_whole_pictures_need_no_mask():
     assert rank_by_clip(images, "red", MeanColour(), torch.zeros_like(mask), "whole").order == ranking.order
 
 
-def test_a_batch_of_one_and_a_mask_for_each():
+def test_a_batch_of_one_and_a_mask_for_each() -> None:
     images, mask = candidates()
     assert rank_by_clip(images[:1], "red", MeanColour(), mask).order == (0,)
     masks = mask.repeat(4, 1, 1)
@@ -75,7 +77,7 @@ def test_a_batch_of_one_and_a_mask_for_each():
     assert rank_by_clip(images, "red", MeanColour(), masks, "masked").order == (1, 2, 0, 3)
 
 
-def test_parity_is_the_reference_distance():
+def test_parity_is_the_reference_distance() -> None:
     """2 arcsin(|u - v| / 2)^2 of unit vectors is half the squared angle, of pictures in 0..1 without mean and std."""
     images, mask = candidates()
     clip = MeanColour()
@@ -89,7 +91,7 @@ def test_parity_is_the_reference_distance():
     assert torch.allclose(torch.cat(clip.raw), torch.nn.functional.avg_pool2d(halved, 2), atol=1e-6)
 
 
-def test_errors_say_what_to_do():
+def test_errors_say_what_to_do() -> None:
     images, mask = candidates()
     with pytest.raises(InvalidImage, match=r"mask: got.*0 everywhere"):
         rank_by_clip(images, "red", MeanColour(), mask * 0)
@@ -106,7 +108,7 @@ def test_errors_say_what_to_do():
         rank_by_clip(images[1:], "red", MeanColour(), mask, "circle")  # type: ignore[arg-type]
 
 
-def test_scores_that_are_no_numbers_are_not_sorted():
+def test_scores_that_are_no_numbers_are_not_sorted() -> None:
     images, mask = candidates()
     clip = MeanColour()
     clip.encode_texts = lambda texts: torch.full((1, 3), float("nan"))  # type: ignore[method-assign]
@@ -115,7 +117,7 @@ def test_scores_that_are_no_numbers_are_not_sorted():
             rank_by_clip(images, "red", clip, mask, parity=parity)
 
 
-def test_labels_stand_below_the_pictures():
+def test_labels_stand_below_the_pictures() -> None:
     images = torch.rand(2, 20, 128, 3)
     shown = with_labels(images, ["1: 0.3012 [4]", "2: 0.2999 [0]"])
     assert shown.shape == (2, 36, 128, 3) and torch.equal(shown[:, :20], images)

@@ -76,7 +76,12 @@ def test_the_pack_itself_pins_nothing(run: Any) -> None:
 
 def test_an_environment_is_installed_once(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[list[str]] = []
-    monkeypatch.setattr(run.subprocess, "call", lambda command, **_: calls.append(command) or 0)
+
+    def call(command: list[str], **_: object) -> int:
+        calls.append(command)
+        return 0
+
+    monkeypatch.setattr(run.subprocess, "call", call)
     python = run.venv_python(run.VENV)
     python.parent.mkdir(parents=True)
     python.touch()
@@ -108,7 +113,13 @@ def test_the_command_is_passed_on_with_its_arguments(run: Any, monkeypatch: pyte
     environments: list[dict[str, str]] = []
     monkeypatch.setattr(run, "inside", lambda: False)
     monkeypatch.setattr(run, "make_environment", lambda command: None)
-    monkeypatch.setattr(run.subprocess, "call", lambda c, env: calls.append(c) or environments.append(env) or 7)
+
+    def call(command: list[str], env: dict[str, str]) -> int:
+        calls.append(command)
+        environments.append(env)
+        return 7
+
+    monkeypatch.setattr(run.subprocess, "call", call)
     assert run.main(["test", "-k", "mask", "--help"]) == 7
     assert calls[0][-4:] == ["test", "-k", "mask", "--help"]
     assert environments[0]["PYTHONUTF8"] == "1" and environments[0].keys() >= os.environ.keys()
@@ -122,7 +133,12 @@ def test_checks_come_before_pytest_and_count(
     run: Any, monkeypatch: pytest.MonkeyPatch, statuses: tuple[int, ...], expected: int
 ) -> None:
     calls: list[list[str]] = []
-    monkeypatch.setattr(run.subprocess, "call", lambda command, **_: calls.append(command) or statuses[len(calls) - 1])
+
+    def call(command: list[str], **_: object) -> int:
+        calls.append(command)
+        return statuses[len(calls) - 1]
+
+    monkeypatch.setattr(run.subprocess, "call", call)
     assert run.run_tests([]) == expected
     assert [c[2] for c in calls] == [*CHECKS, "pytest"]
 
@@ -141,7 +157,12 @@ def test_slow_tests_run_when_asked_for(
 ) -> None:
     calls: list[list[str]] = []
     monkeypatch.setattr(run, "inside", lambda: True)
-    monkeypatch.setattr(run.subprocess, "call", lambda command, **_: calls.append(command) or 0)
+
+    def call(command: list[str], **_: object) -> int:
+        calls.append(command)
+        return 0
+
+    monkeypatch.setattr(run.subprocess, "call", call)
     assert run.main(["test", *argv]) == 0
     assert [c[2] for c in calls] == [*before, "pytest"]
     assert calls[-1][3:] == ["--rootdir", str(ROOT), *pytest_gets]

@@ -28,16 +28,16 @@ def training(total: int = 1000) -> torch.Tensor:
         ("respaced_ddim", list(range(980, -1, -20))),
     ],
 )
-def test_fifty_steps_of_every_grid(name, expected):
+def test_fifty_steps_of_every_grid(name: str, expected: list[int]) -> None:
     assert reference_timesteps(name, 1000, 50) == expected
 
 
-def test_every_grid_says_where_it_comes_from():
+def test_every_grid_says_where_it_comes_from() -> None:
     for name, grid in GRIDS.items():
         assert name.isidentifier() and grid.title and len(grid.source) > 40
 
 
-def test_counts_that_do_not_divide():
+def test_counts_that_do_not_divide() -> None:
     # As diffusers (DDIMScheduler, set_timesteps(30) and (7)) and latent-diffusion (make_ddim_timesteps) answer.
     assert reference_timesteps("leading_1", 1000, 30)[:2] == [958, 925]
     assert reference_timesteps("trailing", 1000, 7) == [999, 856, 713, 570, 428, 285, 142]
@@ -46,7 +46,7 @@ def test_counts_that_do_not_divide():
     assert len(parity) == 31 and parity[:2] == [991, 958]
 
 
-def test_respacing_of_guided_diffusion_and_glide():
+def test_respacing_of_guided_diffusion_and_glide() -> None:
     assert respaced(1000, "100") == [round(i * 999 / 99) for i in range(100)]
     assert respaced(1000, "100")[:3] == [0, 10, 20] and respaced(1000, "100")[-2:] == [989, 999]
     fast = respaced(1000, "fast27")
@@ -67,7 +67,7 @@ def test_respacing_of_guided_diffusion_and_glide():
 
 @pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize("steps", [1, 2, 5, 25, 50, 100])
-def test_sigmas_descend_to_zero_in_steps_plus_one_levels(name, steps):
+def test_sigmas_descend_to_zero_in_steps_plus_one_levels(name: str, steps: int) -> None:
     levels = training()
     sigmas = reference_sigmas(name, levels, steps)
     assert sigmas.shape == (steps + 1,) and sigmas.dtype == levels.dtype
@@ -76,7 +76,7 @@ def test_sigmas_descend_to_zero_in_steps_plus_one_levels(name, steps):
     assert torch.equal(sigmas[:-1], levels[reference_timesteps(name, 1000, steps)])
 
 
-def test_parity_ends_where_the_reference_ends():
+def test_parity_ends_where_the_reference_ends() -> None:
     levels = training()
     offset_0 = reference_sigmas("leading_0", levels, 50, parity=True)
     assert offset_0[-1] == offset_0[-2] == levels[0]  # the closing no-op of the P2P notebooks
@@ -89,13 +89,13 @@ def test_parity_ends_where_the_reference_ends():
     assert reference_sigmas("respaced", levels, 100, parity=True)[-1] == 0
 
 
-def test_bad_requests_are_errors_that_say_what_is_needed():
+def test_bad_requests_are_errors_that_say_what_is_needed() -> None:
     levels = training()
     with pytest.raises(InvalidSchedule, match="got 'karras', but one of leading_0, leading_1"):
         reference_sigmas("karras", levels, 10)
     for steps in (0, -1, 1001, 2.5):
         with pytest.raises(InvalidSchedule, match="steps: got"):
-            reference_sigmas("leading_0", levels, steps)
+            reference_sigmas("leading_0", levels, steps)  # type: ignore[arg-type]
     with pytest.raises(InvalidSchedule, match=r"reaches timestep 1000, but this model was trained on 0\.\.999"):
         reference_sigmas("leading_1", levels, 1000)
     with pytest.raises(InvalidSchedule, match="ascending"):
@@ -123,12 +123,12 @@ def test_bad_requests_are_errors_that_say_what_is_needed():
         (torch.tensor([0.0, 0.0]), "is not below"),
     ],
 )
-def test_sigmas_that_no_sampler_could_follow(sigmas, message):
+def test_sigmas_that_no_sampler_could_follow(sigmas: object, message: str) -> None:
     with pytest.raises(InvalidSchedule, match=f"my sigmas.*{message}"):
         check_sigmas(sigmas, "my sigmas")
 
 
-def test_truncation_keeps_the_last_steps():
+def test_truncation_keeps_the_last_steps() -> None:
     sigmas = torch.linspace(10, 0, 51)
     assert torch.equal(truncate(sigmas, 1.0), sigmas)
     assert torch.equal(truncate(sigmas, 0.7), sigmas[-36:])  # 35 steps, as DragDiffusion

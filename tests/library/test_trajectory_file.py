@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,11 +27,17 @@ METADATA = {
 
 def example() -> Trajectory:
     latents = torch.randn(4, 2, 4, 3, 5, generator=torch.Generator().manual_seed(0))
-    report = {"evaluations": 12, "latent_psnr": 41.5, "method": "x", "residuals": [1e-6, 2e-6], "iterations": [3, 4]}
+    report: dict[str, float | int | str | list[float] | list[int]] = {
+        "evaluations": 12,
+        "latent_psnr": 41.5,
+        "method": "x",
+        "residuals": [1e-6, 2e-6],
+        "iterations": [3, 4],
+    }
     return Trajectory(torch.tensor([9.0, 3.0, 1.0, 0.0]), latents, "flow", "f00d", "fixed_point", report)
 
 
-def write(path, sigmas=None, latents=None, **changes):
+def write(path: Path, sigmas: torch.Tensor | None = None, latents: torch.Tensor | None = None, **changes: str) -> Path:
     tensors = {
         "sigmas": torch.tensor([2.0, 1.0, 0.0]) if sigmas is None else sigmas,
         "latents": torch.zeros(3, 1, 4, 2, 2) if latents is None else latents,
@@ -38,7 +46,7 @@ def write(path, sigmas=None, latents=None, **changes):
     return path
 
 
-def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "photo.safetensors"
     original = example()
     extra = {"negative": torch.randn(3, 1, 7, 6).half(), "count": torch.tensor([1, 2])}
@@ -53,7 +61,7 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
     assert os.listdir(path.parent) == ["photo.safetensors"]
 
 
-def test_saving_again_replaces_and_views_are_fine(tmp_path):
+def test_saving_again_replaces_and_views_are_fine(tmp_path: Path) -> None:
     path = tmp_path / "photo.safetensors"
     save_trajectory(example(), path)
     loaded = load_trajectory(path)
@@ -63,13 +71,15 @@ def test_saving_again_replaces_and_views_are_fine(tmp_path):
     assert load_extra(path) == {}
 
 
-def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "photo.safetensors"
     save_trajectory(example(), path)
     before = path.read_bytes()
     for error in (KeyboardInterrupt(), OSError(28, "No space left on device")):
 
-        def fail(*_args, error=error):
+        def fail(*_args: object, error: BaseException = error) -> None:
             raise error
 
         monkeypatch.setattr("retrace.core.files.os.replace", fail)
@@ -82,7 +92,7 @@ def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(tmp_path, monk
         assert os.listdir(tmp_path) == ["photo.safetensors"]
 
 
-def test_a_broken_trajectory_is_not_saved(tmp_path):
+def test_a_broken_trajectory_is_not_saved(tmp_path: Path) -> None:
     good = example()
     latents = good.latents.clone()
     latents[1, 0, 0, 0, 0] = float("nan")
@@ -96,14 +106,14 @@ def test_a_broken_trajectory_is_not_saved(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_missing_file_and_a_folder(tmp_path):
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "none.safetensors", tmp_path):
         with pytest.raises(InvalidFile, match="There is no inversion file"):
             load_trajectory(path)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 60, -1])
-def test_a_truncated_file(tmp_path, keep):
+def test_a_truncated_file(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "photo.safetensors"
     save_trajectory(example(), path)
     path.write_bytes(path.read_bytes()[:keep])
@@ -111,7 +121,7 @@ def test_a_truncated_file(tmp_path, keep):
         load_trajectory(path)
 
 
-def test_files_of_another_kind(tmp_path):
+def test_files_of_another_kind(tmp_path: Path) -> None:
     picture = tmp_path / "photo.png"
     picture.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(200))
     with pytest.raises(InvalidFile, match="cannot be read as an inversion"):
@@ -139,13 +149,13 @@ def test_files_of_another_kind(tmp_path):
         ({"latents": torch.full((3, 1, 4, 2, 2), float("inf"))}, "latents hold NaN or infinity"),
     ],
 )
-def test_contents_that_do_not_fit(tmp_path, changes, message):
+def test_contents_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     path = write(tmp_path / "photo.safetensors", **changes)
     with pytest.raises(InvalidFile, match=r"photo\.safetensors.*" + message):
         load_trajectory(path)
 
 
-def test_missing_tensors_and_broken_extras(tmp_path):
+def test_missing_tensors_and_broken_extras(tmp_path: Path) -> None:
     path = tmp_path / "photo.safetensors"
     save_file({"sigmas": torch.tensor([1.0, 0.0])}, str(path), METADATA)
     with pytest.raises(InvalidFile, match="'sigmas' and 'latents' are not both there"):
@@ -154,7 +164,7 @@ def test_missing_tensors_and_broken_extras(tmp_path):
         save_trajectory(example(), path, {"negative": torch.tensor([float("nan")])})
 
 
-def test_another_model_is_refused_when_it_matters(tmp_path):
+def test_another_model_is_refused_when_it_matters(tmp_path: Path) -> None:
     loaded = load_trajectory(save_trajectory(example(), tmp_path / "photo.safetensors"))
     loaded.require_model("f00d")
     with pytest.raises(TrajectoryMismatch, match=r"f00d.*beef.*invert again"):
@@ -199,7 +209,7 @@ def test_another_model_is_refused_when_it_matters(tmp_path):
         7,
     ],
 )
-def test_names_with_path_parts_or_reserved_are_refused(name):
+def test_names_with_path_parts_or_reserved_are_refused(name: object) -> None:
     with pytest.raises(InvalidFile, match="File name: got"):
         safe_name(name)
 
@@ -207,6 +217,6 @@ def test_names_with_path_parts_or_reserved_are_refused(name):
 @pytest.mark.parametrize(
     "name", ["photo", "my photo (2)", "v1.5", "Köln", "写真", ".hidden", "console", "com10", "a..b"]
 )
-def test_plain_names_pass(name):
+def test_plain_names_pass(name: str) -> None:
     assert safe_name(name) == name + ".safetensors"
     assert safe_name(name + ".safetensors") == name + ".safetensors"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -9,14 +11,16 @@ from retrace.core.checks import check_image, check_latent, check_mask, check_sam
 from retrace.core.errors import InvalidImage, InvalidSchedule
 
 
-def message(function, *args, error=InvalidImage, **kwargs) -> str:
+def message(
+    function: Callable[..., object], *args: object, error: type[Exception] = InvalidImage, **kwargs: object
+) -> str:
     with pytest.raises(error) as caught:
         function(*args, **kwargs)
     assert isinstance(caught.value, ValueError)
     return str(caught.value)
 
 
-def test_good_input_comes_back_as_it_is():
+def test_good_input_comes_back_as_it_is() -> None:
     image, mask, latent = torch.rand(2, 8, 9, 3), torch.rand(2, 8, 9), torch.randn(2, 4, 3, 5)
     assert check_image("image", image) is image
     assert check_mask("mask", mask, size=(8, 9)) is mask
@@ -38,19 +42,19 @@ def test_good_input_comes_back_as_it_is():
         (torch.zeros(0, 8, 9, 3), "empty batch"),
     ],
 )
-def test_an_image_of_the_wrong_kind(image, advice):
+def test_an_image_of_the_wrong_kind(image: torch.Tensor, advice: str) -> None:
     text = message(check_image, "source image", image)
     assert text.startswith("source image: got a tensor of shape " + str(list(image.shape)))
     assert "[B, H, W, 3]" in text
     assert advice in text
 
 
-def test_an_image_that_is_no_tensor():
+def test_an_image_that_is_no_tensor() -> None:
     assert "got a NoneType" in message(check_image, "image", None)
     assert "Take its 'samples' entry" in message(check_latent, "latent", {"samples": torch.zeros(1, 4, 2, 2)})
 
 
-def test_image_values():
+def test_image_values() -> None:
     image = torch.rand(1, 4, 4, 3)
     image[0, 1, 2, 0] = torch.nan
     image[0, 1, 2, 1] = torch.inf
@@ -60,7 +64,7 @@ def test_image_values():
     assert "(x + 1) / 2" in message(check_image, "image", torch.tensor([-1.0, 0, 1]).expand(1, 2, 2, 3))
 
 
-def test_the_overshoot_of_a_resize_is_clamped_and_the_input_left_alone():
+def test_the_overshoot_of_a_resize_is_clamped_and_the_input_left_alone() -> None:
     edge = torch.zeros(1, 3, 8, 8)
     edge[..., 4:, 4:] = 1
     image = torch.nn.functional.interpolate(edge, scale_factor=3, mode="bicubic").movedim(1, -1)
@@ -86,31 +90,31 @@ def test_the_overshoot_of_a_resize_is_clamped_and_the_input_left_alone():
         (torch.zeros(1, 8, 9), "1 = edit"),
     ],
 )
-def test_a_mask_of_the_wrong_kind(mask, advice):
+def test_a_mask_of_the_wrong_kind(mask: torch.Tensor, advice: str) -> None:
     text = message(check_mask, "mask", mask)
     assert text.startswith("mask: ") and str(list(mask.shape)) in text
     assert advice in text
 
 
-def test_a_mask_of_the_wrong_size_names_both_sizes_width_first():
+def test_a_mask_of_the_wrong_size_names_both_sizes_width_first() -> None:
     text = message(check_mask, "mask", torch.ones(1, 10, 20), size=(30, 40))
     assert "20x10 pixels (width x height), but 40x30 is needed" in text
     assert "Resize Image/Mask" in text
 
 
-def test_the_placeholder_mask_of_load_image_is_recognised():
+def test_the_placeholder_mask_of_load_image_is_recognised() -> None:
     text = message(check_mask, "mask", torch.zeros(1, 64, 64), size=(512, 512), allow_empty=True)
     assert "'Load Image' gives for a picture without transparency" in text and "MaskEditor" in text
 
 
-def test_empty_masks():
+def test_empty_masks() -> None:
     masks = torch.ones(3, 4, 4)
     masks[1] = 0
     assert "Number 2 of the 3 masks is empty" in message(check_mask, "mask", masks)
     assert check_mask("mask", masks, allow_empty=True) is masks
 
 
-def test_a_bool_mask_becomes_float():
+def test_a_bool_mask_becomes_float() -> None:
     mask = check_mask("mask", torch.tensor([[[True, False]]]))
     assert mask.dtype == torch.float32 and mask.tolist() == [[[1, 0]]]
 
@@ -126,13 +130,13 @@ def test_a_bool_mask_becomes_float():
         (torch.full((1, 4, 2, 2), torch.nan), "16 of 16 values"),
     ],
 )
-def test_a_latent_of_the_wrong_kind(samples, advice):
+def test_a_latent_of_the_wrong_kind(samples: torch.Tensor, advice: str) -> None:
     text = message(check_latent, "latent", samples, channels=4)
     assert text.startswith("latent: ") and str(list(samples.shape)) in text
     assert advice in text
 
 
-def test_steps():
+def test_steps() -> None:
     assert check_steps("inner steps", 0, minimum=0) == 0
     assert message(check_steps, "steps", 0, error=InvalidSchedule).startswith("steps: got 0, but a whole number of at")
     assert "Lower it to 50" in message(check_steps, "steps", 51, maximum=50, error=InvalidSchedule)
@@ -140,7 +144,7 @@ def test_steps():
     assert "True (bool)" in message(check_steps, "steps", True, error=InvalidSchedule)
 
 
-def test_one_mask_serves_a_batch_and_any_other_count_is_refused():
+def test_one_mask_serves_a_batch_and_any_other_count_is_refused() -> None:
     one = torch.rand(1, 2, 2)
     assert torch.equal(match_batch(one, 3, "mask"), one.repeat(3, 1, 1))
     three = torch.rand(3, 2, 2)
@@ -149,7 +153,7 @@ def test_one_mask_serves_a_batch_and_any_other_count_is_refused():
     assert text.startswith("mask: got 3 in") and "batch of 4" in text
 
 
-def test_two_images_of_one_size():
+def test_two_images_of_one_size() -> None:
     check_same_size("edited", torch.zeros(2, 4, 5, 3), "the source", torch.zeros(1, 4, 5, 3))
     text = message(check_same_size, "edited", torch.zeros(1, 4, 5, 3), "the source", torch.zeros(1, 6, 7, 3))
     assert "5x4 pixels" in text and "7x6 of the source" in text and "Resize" in text
