@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -20,7 +20,7 @@ _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-sta
 _SKIPPED: dict[str, str] = {}
 
 
-def _skip(key: str, reason: str) -> None:
+def _skip(key: str, reason: str) -> NoReturn:
     _SKIPPED[key] = reason
     pytest.skip(reason)
 

@@ -89,7 +89,7 @@ class Person:
         )
 
 
-def pixel(x: float, y: float) -> list[float]:
+def pixel(x: float, y: float) -> list[object]:
     return [pytest.approx(x, abs=1.5 / WIDTH), pytest.approx(y, abs=1.5 / HEIGHT)]
 
 

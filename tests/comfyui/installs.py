@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -28,7 +29,7 @@ def install_or_skip(which: str) -> ComfyInstall:
     return install
 
 
-def skip(key: str, reason: str) -> None:
+def skip(key: str, reason: str) -> NoReturn:
     """Skip this test, and say why once more in the last lines of the run."""
     SKIPPED[key] = reason
     pytest.skip(reason)

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.usefixtures("pebble")
 
 def _graph(**changes: Any) -> graphs.Graph:
     """A white square pasted on a scene, through the VAE: the background is what the VAE makes of it."""
-    inputs = {"edited": ["decode", 0], "source": ["scene", 0], "mask": ["scene", 1], "vae": ["pebble", 2]}
+    inputs: dict[str, object] = {"edited": ["decode", 0], "source": ["scene", 0], "mask": ["scene", 1]}
+    inputs |= {"vae": ["pebble", 2]}
     inputs |= {"method": "decoder", "steps": 3, "learning_rate": 1e-4, "weight": 100.0, "stop": 0.0, **changes}
     return {
         "scene": graphs.node("RetracePebbleScene", index=3, objects=1, margin=2),

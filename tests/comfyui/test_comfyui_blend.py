@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import graphs
 import pytest
 import torch
@@ -39,7 +41,7 @@ def test_outside_is_the_source_after_every_sampler(server: ComfyServer, name: st
         {"noise": "fresh", "shrink_stages": 2},
     ],
 )
-def test_outside_is_the_source_with_every_option(newest_server: ComfyServer, changes: dict[str, object]) -> None:
+def test_outside_is_the_source_with_every_option(newest_server: ComfyServer, changes: dict[str, Any]) -> None:
     assert _outside_error(newest_server, graphs.blended(**changes)) < 1e-5
 
 

@@ -112,7 +112,7 @@ def test_a_generated_picture_is_dragged_on_its_way(server: ComfyServer) -> None:
 def test_a_point_that_moves_does_not_train_the_lora_again(server: ComfyServer) -> None:
     def graph(x: float) -> graphs.Graph:
         made = dragged(json.dumps([{**PAIR, "target": [x, 0.5]}]), model=["lora", 0], changes=1)
-        training = {"rank": 1, "steps": 1, "learning_rate": 5e-4, "batch_size": 1, "seed": 0}
+        training: dict[str, object] = {"rank": 1, "steps": 1, "learning_rate": 5e-4, "batch_size": 1, "seed": 0}
         training |= {"at_once": 1, "save_memory": "auto", "weight_decay": 0.0}
         words = {"model": ["pebble", 0], "positive": ["caption", 0], "latent": ["encode", 0]}
         made["lora"] = graphs.node("RetraceIdentityLoRA", **words, **training)

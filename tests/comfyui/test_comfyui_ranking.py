@@ -16,7 +16,12 @@ pytestmark = pytest.mark.usefixtures("pebble")
 def _ranked(**changes: Any) -> graphs.Graph:
     """Three scenes in one batch, ranked for the words of the second."""
     scenes = {f"scene{i}": graphs.node("RetracePebbleScene", index=i, objects=1, margin=0) for i in (3, 5, 7)}
-    inputs = {"images": ["batch", 0], "clip": ["clip", 0], "prompt": ["scene5", 2], "mask": ["scene5", 1]}
+    inputs: dict[str, object] = {
+        "images": ["batch", 0],
+        "clip": ["clip", 0],
+        "prompt": ["scene5", 2],
+        "mask": ["scene5", 1],
+    }
     inputs |= {"region": "whole", "keep": 0, "parity": False, **changes}
     return {
         **scenes,

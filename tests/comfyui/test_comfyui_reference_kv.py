@@ -24,7 +24,7 @@ def controlled(**changes: Any) -> graphs.Graph:
     graph["other"] = graphs.node("RetracePebbleScene", index=4, objects=1, margin=0)
     graph["other_latent"] = graphs.node("VAEEncode", pixels=["other", 0], vae=["pebble", 2])
     graph["batch"] = graphs.node("LatentBatch", samples1=["encode", 0], samples2=["other_latent", 0])
-    shared = {"latent_image": ["batch", 0], "denoise": 0.7}
+    shared: dict[str, Any] = {"latent_image": ["batch", 0], "denoise": 0.7}
     graph |= {"plain": graphs.sampler(**shared), "sample": graphs.sampler("control", **shared)}
     graph["edit"] = graphs.node("LatentFromBatch", samples=["sample", 0], batch_index=1, length=1)
     return graph | {"save_plain": graphs.save("plain"), "save": graphs.save("sample"), "save_edit": graphs.save("edit")}

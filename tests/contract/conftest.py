@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Subject:
             return output
         # Salimans & Ho 2022: eps = sigma_t z_t + alpha_t v, with alpha_t^2 + sigma_t^2 = 1.
         sigma = float(self.host.training_sigmas()[timestep])
-        return (sigma * x + output) / (1 + sigma**2) ** 0.5
+        return (sigma * x + output) / (1 + sigma**2) ** 0.5  # type: ignore[no-any-return]
 
     def networks(self) -> list[nn.Module]:
         """UNet and VAE."""
@@ -97,8 +97,8 @@ class DiffusersSubject(Subject):
         from retrace.hosts.diffusers.loading import load_parts
 
         parts = load_parts(self.folder, torch.float32)
-        parts.scheduler["prediction_type"] = "sample"
-        return DiffusersHost(parts, "x0 model")
+        scheduler = {**parts.scheduler, "prediction_type": "sample"}
+        return DiffusersHost(replace(parts, scheduler=scheduler), "x0 model")
 
     @contextmanager
     def interrupted(self) -> Iterator[type[BaseException]]:
@@ -128,7 +128,7 @@ class ComfySubject(Subject):
 
         from retrace.hosts.comfyui import ComfyHost
 
-        class X0Sampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.X0):  # type: ignore[misc]
+        class X0Sampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.X0):
             pass
 
         model = self.host.model.clone()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from retrace.blending.sample import first_latent
 from retrace.clip_guidance import Augmentations, ClipGuidance, GuidedRun, Schedule, Weights
+from retrace.clip_guidance.step import GradientPath
 from retrace.core.sampling import sample_ddim
 from retrace.models.clip.model import load_image_text_model
 from retrace.models.pebble.scenes import heldout, instance_masks, render_batch
@@ -65,7 +66,7 @@ def sample(case: Any, model: Any, cfg: float = 1.0, sampler: str = "euler", batc
 
     latent = case.latent.repeat(batch, 1, 1, 1)
     noise = torch.randn(1, 4, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(0)).repeat(batch, 1, 1, 1)
-    return comfy.sample.sample(
+    return comfy.sample.sample(  # type: ignore[no-any-return]
         model, noise, STEPS, cfg, sampler, "ddim_uniform", case.words, case.empty, latent, seed=1, disable_pbar=True
     )
 
@@ -85,7 +86,7 @@ def counted(model: Any, counts: Counter[str]) -> Any:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_it_guides_repeatably_and_leaves_the_model_as_it_was(case: Any, path: str) -> None:
+def test_it_guides_repeatably_and_leaves_the_model_as_it_was(case: Any, path: GradientPath) -> None:
     before = sample(case, case.host.model)
     guided = patched(case, path)
     one, two = sample(case, guided), sample(case, guided)
@@ -95,7 +96,7 @@ def test_it_guides_repeatably_and_leaves_the_model_as_it_was(case: Any, path: st
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_core_samples_what_the_library_does(case: Any, path: str) -> None:
+def test_core_samples_what_the_library_does(case: Any, path: GradientPath) -> None:
     import comfy.samplers
 
     host = case.host
@@ -123,7 +124,7 @@ def test_core_samples_what_the_library_does(case: Any, path: str) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
-def test_a_guided_step_has_one_forward_pass_per_condition(case: Any, path: str, cfg: float) -> None:
+def test_a_guided_step_has_one_forward_pass_per_condition(case: Any, path: GradientPath, cfg: float) -> None:
     counts: Counter[str] = Counter()
     sample(case, counted(patched(case, path), counts), cfg)
     rows = STEPS * (1 if cfg == 1.0 else 2)
@@ -131,7 +132,7 @@ def test_a_guided_step_has_one_forward_pass_per_condition(case: Any, path: str, 
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_half_of_the_steps(case: Any, path: str) -> None:
+def test_half_of_the_steps(case: Any, path: GradientPath) -> None:
     counts: Counter[str] = Counter()
     every = patched(case, path, schedule=Schedule(path, every=2))
     sample(case, counted(every, counts))
@@ -144,7 +145,7 @@ def test_half_of_the_steps(case: Any, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_pictures_of_a_batch_do_not_meet(case: Any, path: str) -> None:
+def test_pictures_of_a_batch_do_not_meet(case: Any, path: GradientPath) -> None:
     from retrace.hosts.comfyui.patches.clip_guidance import patch_clip_guidance
 
     weights = Weights(10.0, 5.0)  # rounding differs with the size of a batch, and strong guidance would enlarge that
@@ -156,7 +157,7 @@ def test_pictures_of_a_batch_do_not_meet(case: Any, path: str) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("sampler", ["euler", "dpm_2_ancestral", "uni_pc"])
-def test_before_or_after_blend_step_makes_no_difference(case: Any, path: str, sampler: str) -> None:
+def test_before_or_after_blend_step_makes_no_difference(case: Any, path: GradientPath, sampler: str) -> None:
     from retrace.hosts.comfyui.patches.blend import patch_blend
 
     source = {"samples": case.latent}
@@ -168,7 +169,7 @@ def test_before_or_after_blend_step_makes_no_difference(case: Any, path: str, sa
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_without_a_vae_it_looks_at_colours(case: Any, path: str) -> None:
+def test_without_a_vae_it_looks_at_colours(case: Any, path: GradientPath) -> None:
     guided = sample(case, patched(case, path, vae=None))
     assert bool(torch.isfinite(guided).all()) and not torch.equal(guided, sample(case, case.host.model))
 
@@ -184,7 +185,7 @@ def test_kernels_without_a_backward_are_not_used(case: Any) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_stop_in_the_middle(case: Any, path: str) -> None:
+def test_stop_in_the_middle(case: Any, path: GradientPath) -> None:
     """Autograd's switches, the CLIP and the model are as before, and the next run is."""
     import comfy.patcher_extension
 
@@ -211,7 +212,7 @@ def test_stop_in_the_middle(case: Any, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_partly_loaded_models_are_guided_the_same(case: Any, path: str) -> None:
+def test_partly_loaded_models_are_guided_the_same(case: Any, path: GradientPath) -> None:
     """Most layers stay out of memory and come in one by one, as on a small GPU."""
     import comfy.patcher_extension
 
@@ -236,7 +237,7 @@ def test_partly_loaded_models_are_guided_the_same(case: Any, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_taesd_makes_the_picture(case: Any, path: str) -> None:
+def test_a_taesd_makes_the_picture(case: Any, path: GradientPath) -> None:
     import comfy.sd
     from comfy.taesd.taesd import TAESD
 

@@ -31,7 +31,8 @@ def test_euler_by_hand_equals_core(comfy_subject: Any) -> None:
     def euler(denoiser: Any, x: Any, conds: Any) -> Any:
         estimates = []
         for now, following in itertools.pairwise(sigmas):
-            estimates.append(guided(*denoiser.denoised_each(x, now, [conds["negative"], conds["positive"]]), 5.0))
+            uncond, cond = denoiser.denoised_each(x, now, [conds["negative"], conds["positive"]])
+            estimates.append(guided(uncond, cond, 5.0))
             x = x + (x - estimates[-1]) / now * (following - now)
         return x, estimates
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -34,7 +34,13 @@ QWEN = {
 }  # fmt: skip
 SD35_MEDIUM = SD3 | {"x_block_self_attn_layers": [0, 1, 2]}  # these blocks also have an attention of the picture alone
 PICTURE, TEXT = 24, 5  # tokens
-KINDS = {"Flux": FLUX, "Chroma": CHROMA, "SD3": SD3, "SD3.5 medium": SD35_MEDIUM, "QwenImage": QWEN}
+KINDS: dict[str, Mapping[str, object]] = {
+    "Flux": FLUX,
+    "Chroma": CHROMA,
+    "SD3": SD3,
+    "SD3.5 medium": SD35_MEDIUM,
+    "QwenImage": QWEN,
+}
 
 
 def tiny(kind: str) -> Any:

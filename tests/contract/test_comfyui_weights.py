@@ -168,7 +168,7 @@ def test_partly_loaded_models_give_the_same_gradients(comfy_subject: Any) -> Non
     weights = {k: v for k, v in model.model_state_dict().items() if "diffusion_model." in k and v.ndim > 1}
     model.add_patches({key: ("diff", (torch.randn(weight.shape) * 0.02,)) for key, weight in weights.items()}, 0.5)
     host = ComfyHost(model)
-    partly = []
+    partly: list[int] = []
 
     def gradient(denoiser: Any, x: Any, conds: Any) -> Any:
         if partly:

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from retrace.core.errors import RetraceError
+from retrace.core.host import AttentionCall
 from tests.rounding import assert_rounds_to
 
 pytestmark = pytest.mark.rounding
@@ -49,9 +51,13 @@ def test_the_gradient_of_a_cut_network_is_that_of_the_whole_one(subject: Any) ->
 def test_nothing_after_the_cut_runs_and_nothing_stays_behind(subject: Any) -> None:
     ran: list[str] = []
 
+    def note(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ran.append(call.block)
+        return call.attend(q, k, v)
+
     def method(denoiser: Any, x: Any, conds: Any) -> Any:
         before = denoiser.denoised(x, 2.0, conds[0])
-        with denoiser.attention(lambda call, q, k, v: ran.append(call.block) or call.attend(q, k, v)):
+        with denoiser.attention(note):
             denoiser.features_of(x, 2.0, conds[0], "up.0")
         return before, denoiser.denoised(x, 2.0, conds[0])
 

@@ -23,12 +23,14 @@ SETTINGS = {"rank": 4, "steps": 2, "batch_size": 2}
 
 def layers_of(subject: Any) -> dict[str, Any]:
     """The linear layers by the names of the protocol."""
+    network = subject.networks()[0]
     if subject.name == "comfyui":
-        from retrace.hosts.comfyui.network.lora import projection_layers
-    else:
-        from retrace.hosts.diffusers.lora import projection_layers
-    layers: dict[str, Any] = projection_layers(subject.networks()[0])
-    return layers
+        from retrace.hosts.comfyui.network.lora import projection_layers as layers_in_comfyui
+
+        return layers_in_comfyui(network)
+    from retrace.hosts.diffusers.lora import projection_layers as layers_in_diffusers
+
+    return layers_in_diffusers(network)
 
 
 def random_adapters(shapes: dict[str, tuple[int, int]], seed: int = 0, size: float = 0.05) -> dict[str, LowRank]:
@@ -67,9 +69,14 @@ def gradients(subject: Any, x: torch.Tensor, adapters: dict[str, LowRank], recom
         }
         with denoiser.differentiable(recompute=recompute), denoiser.adapters(own):
             denoiser.denoised(x, SIGMA, conds[0]).square().sum().backward()
-        return {name: LowRank(a.down.grad, a.up.grad) for name, a in own.items()}
+        return {name: LowRank(_grad(a.down), _grad(a.up)) for name, a in own.items()}
 
     return subject.run(x, method, gradients=True)
+
+
+def _grad(weight: torch.Tensor) -> torch.Tensor:
+    assert weight.grad is not None
+    return weight.grad
 
 
 def shapes_of(subject: Any) -> dict[str, tuple[int, int]]:

@@ -125,7 +125,7 @@ class TestInsideComfyUI:
 
         from retrace.hosts.comfyui import ComfyHost
 
-        class VSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.V_PREDICTION):  # type: ignore[misc]
+        class VSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.V_PREDICTION):
             pass
 
         model = comfy_subject.host.model.clone()
@@ -145,6 +145,7 @@ class TestInsideComfyUI:
         from retrace.hosts.comfyui import ComfyHost
         from retrace.hosts.comfyui.runs.inversion import invert_latent
         from retrace.hosts.comfyui.runs.null_text import optimise
+        from retrace.hosts.comfyui.types import ConditioningList
 
         config = comfy.supported_models.SDXL(
             {
@@ -160,7 +161,11 @@ class TestInsideComfyUI:
         for parameter in model.diffusion_model.parameters():
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
         host = ComfyHost(comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu")))
-        positive, negative = ([[torch.randn(1, 77, 48), {"pooled_output": torch.randn(1, 1280)}]] for _ in range(2))
+
+        def words() -> ConditioningList:
+            return [[torch.randn(1, 77, 48), {"pooled_output": torch.randn(1, 1280)}]]
+
+        positive, negative = words(), words()
         sigmas = host.sigmas("ddim_uniform", 3)
         inverted = invert_latent(host, torch.randn(1, 4, 8, 8), sigmas, positive, "ddim", verify=False)
         made = optimise(host, inverted.trajectory, positive, negative, 7.5, inner_steps=3, early_stop=0.0)

@@ -62,7 +62,7 @@ def test_training_raises_the_background_and_leaves_the_vae(subject: Any, half: t
 def test_what_core_keeps_on_loaded_layers_is_not_copied(comfy_subject: Any) -> None:
     """Patched weights, pages and pinned memory of a loaded VAE stay with it, and the copy computes with its own."""
     vae = _vae(comfy_subject)
-    layer = next(m for m in vae.decoder.modules() if hasattr(m, "weight_function"))  # type: ignore[union-attr,operator]
+    layer = next(m for m in vae.decoder.modules() if hasattr(m, "weight_function"))  # type: ignore[union-attr]
 
     class Page:
         def __deepcopy__(self, memo: Any) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from retrace.attention.reference_kv import ReferenceKV, default_first_layer
 from retrace.core.errors import RetraceError
+from retrace.core.host import AttentionCall
 from tests.rounding import assert_rounds_to
 
 pytestmark = pytest.mark.rounding
@@ -18,8 +19,8 @@ FIRST = 3  # of Pebble's seven layers: down.0, down.1, mid.0, up.0 twice, up.1 t
 PROMPTS = ("a red circle", "")
 
 
-def passing(call: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return call.attend(q, k, v)  # type: ignore[no-any-return]
+def passing(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return call.attend(q, k, v)
 
 
 def estimates(subject: Any, x: Tensor, hook: Any, *prompts: str, sigma: float = 2.0) -> Tensor:
@@ -34,7 +35,7 @@ def estimates(subject: Any, x: Tensor, hook: Any, *prompts: str, sigma: float = 
 
 
 def test_an_edit_attends_to_the_reference(subject: Any) -> None:
-    def by_hand(call: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def by_hand(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = call.attend(q, k, v).clone()
         if call.kind == "self" and call.index >= FIRST:
             for number, row in enumerate(call.rows):
@@ -182,10 +183,10 @@ class TestCoreSamplers:
         assert float(sampling.percent_to_sigma(0.4)) < levels[1] and float(sampling.percent_to_sigma(0.6)) > levels[2]
         never = self.sample(comfy_subject, patch_reference_kv(model, start_percent=0.4, end_percent=0.6))
         assert_rounds_to(never, plain, self.roundings(comfy_subject))
-        early, late = ({"end_percent": 0.5}, {"start_percent": 0.5})
-        halves = [self.sample(comfy_subject, patch_reference_kv(model, **half)) for half in (early, late)]
+        early, late = patch_reference_kv(model, end_percent=0.5), patch_reference_kv(model, start_percent=0.5)
+        halves = [self.sample(comfy_subject, half) for half in (early, late)]
         whole = self.sample(comfy_subject, patch_reference_kv(model))
-        both = self.sample(comfy_subject, patch_reference_kv(patch_reference_kv(model, **early), **late))
+        both = self.sample(comfy_subject, patch_reference_kv(early, start_percent=0.5))
         assert torch.equal(both, whole)
         assert all(float((half - other)[1].abs().max()) > 1e-2 for half in halves for other in (plain, whole))
 
