@@ -8,6 +8,7 @@ table shows peaks above the loaded weights, network evaluations and seconds per 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from .large_models import Peak, arguments, build, conditions, use_comfyui
@@ -33,7 +34,7 @@ def main() -> None:
     from retrace.hosts.comfyui.patches.prompt_to_prompt import patch_direct_inversion, patch_prompt_to_prompt
     from retrace.hosts.comfyui.prompts import TokenisedPrompts
     from retrace.hosts.comfyui.runs.edit_friendly import prepare_edit_friendly
-    from retrace.hosts.comfyui.runs.inversion import invert_latent
+    from retrace.hosts.comfyui.runs.inversion import Inverted, invert_latent
     from retrace.hosts.comfyui.runs.null_text import optimise
 
     model, clip = build(args.model, getattr(torch, args.dtype))
@@ -53,7 +54,7 @@ def main() -> None:
             patched, silence, GUIDANCE, sampler, sigmas, positive, negative, noise, disable_pbar=True
         )
 
-    def inverted() -> Any:
+    def inverted() -> Inverted:
         return invert_latent(host, latent, sigmas, source, "ddim", verify=False)
 
     def edited(held: bool) -> Any:
@@ -62,7 +63,7 @@ def main() -> None:
             patched = patch_direct_inversion(patched, path.trajectory)
         return sampled(patched, both, empty, path.noise.repeat(2, 1, 1, 1))
 
-    stages = {
+    stages: dict[str, Callable[[], object]] = {
         "plain sampling, one picture": lambda: sampled(model, source, empty, path.noise),
         "plain sampling, two pictures": lambda: sampled(model, both, empty, path.noise.repeat(2, 1, 1, 1)),
         "DDIM inversion": inverted,
@@ -74,7 +75,7 @@ def main() -> None:
         "Direct Inversion + Prompt-to-Prompt, local blend": lambda: edited(held=True),
     }
     with torch.inference_mode():
-        path = inverted()  # loads the model and fills the allocator's pools
+        path: Inverted = inverted()  # loads the model and fills the allocator's pools
         weights = sum(p.numel() * p.element_size() for p in model.model.parameters()) / 1e6
         print(f"{conditions(args)}, weights {weights:.0f} MB\n", flush=True)
         table = Table("stage", "peak above the weights", "seconds a step")

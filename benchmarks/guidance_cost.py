@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from .large_models import Peak, arguments, build, build_vae, conditions, use_comfyui
@@ -62,7 +63,7 @@ def main() -> None:
         counts["kept"] += len(x) * x.requires_grad
         return executor(x, *rest, **named)
 
-    rows = {
+    rows: dict[str, Callable[[], Any]] = {
         "plain": lambda: model,
         "x0, linear colours": lambda: patch_clip_guidance(model, guidance, Schedule("x0")),
         "x0, VAE": lambda: patch_clip_guidance(model, guidance, Schedule("x0"), vae=vae),

@@ -20,7 +20,7 @@ from retrace.cli.edit import EditSettings, edit_image
 from retrace.cli.main import example_mask
 from retrace.core.sampling import sample_ddim
 from retrace.hosts.diffusers import DiffusersHost
-from retrace.inversion.invert import invert
+from retrace.inversion.invert import Method, invert
 from retrace.metrics import psnr
 from retrace.models.pebble.scenes import Scene, heldout, render_batch, sample_scene, scene_rng
 from retrace.models.pebble.weights import weights_folder
@@ -45,7 +45,7 @@ SCENES = {
     "blend_edits": 100,
 }
 """How many scenes each measurement looks at."""
-INVERSIONS = (
+INVERSIONS: tuple[tuple[str, Method, int], ...] = (
     ("ddim_uniform", "ddim", 50),
     ("karras", "ddim", 50),
     ("ddim_uniform", "fixed_point", 25),
@@ -135,7 +135,7 @@ def inversion_round_trip(host: Any, count: int) -> Result:
         for scheduler, method, steps in INVERSIONS:
             sigmas = host.sigmas(scheduler, steps)
 
-            def round_trip(model: Any, x0: Tensor, c: Any, method: str = method, sigmas: Tensor = sigmas) -> Tensor:
+            def round_trip(model: Any, x0: Tensor, c: Any, method: Method = method, sigmas: Tensor = sigmas) -> Tensor:
                 trajectory = invert(model, x0, sigmas, c["positive"], method=method)
                 return sample_ddim(model, trajectory.noise.to(x0), sigmas, c["positive"])
 
