@@ -74,9 +74,9 @@ class AttentionMask(io.ComfyNode):
         cls, model: Model, clip: Clip, trajectory: object, prompt: str, words: str, threshold: float, levels: int
     ) -> io.NodeOutput:
         from ..retrace.hosts.comfyui import ComfyHost
-        from ..retrace.hosts.comfyui.runs.word_masks import find_words
+        from ..retrace.prompt_to_prompt.word_masks import find_words
 
         path = require_trajectory(trajectory)
         found = find_words(ComfyHost(model, clip), path, prompt, parse_words(words), threshold, levels)
-        report = found.report()
+        report = found.text()
         return io.NodeOutput(found.mask, found.images, report, ui=ui.PreviewText(report))

@@ -35,7 +35,7 @@ def test_hooks_keep_the_patches_of_other_packs(comfy_subject: Any) -> None:
 def test_patched_attention_serves_core_samplers(comfy_subject: Any) -> None:
     import comfy.sample
 
-    from retrace.hosts.comfyui.network.attention import patch_attention
+    from retrace.hosts.comfyui.network.attention import install_attention
 
     host = comfy_subject.host
     rows = []
@@ -47,7 +47,9 @@ def test_patched_attention_serves_core_samplers(comfy_subject: Any) -> None:
     arguments = (torch.randn(1, 4, 16, 16), 2, 5.0, "euler", "normal")
     conds = (host.encode_text("a red circle"), host.encode_text(""), torch.zeros(1, 4, 16, 16))
     plain = comfy.sample.sample(host.model, *arguments, *conds, seed=1, disable_pbar=True)
-    hooked = comfy.sample.sample(patch_attention(host.model, hook), *arguments, *conds, seed=1, disable_pbar=True)
+    patched = host.model.clone()
+    install_attention(patched.model_options, host.network, hook)
+    hooked = comfy.sample.sample(patched, *arguments, *conds, seed=1, disable_pbar=True)
     assert set.union(*rows) == {0, 1}
     assert_rounds_to(hooked, plain, 2 * (5**2 + 4**2) * comfy_subject.roundings)  # two steps at guidance 5
     again = comfy.sample.sample(host.model, *arguments, *conds, seed=1, disable_pbar=True)

@@ -134,13 +134,15 @@ class TestCoreSamplers:
         return 4 * (4**2 + 3**2) * int(subject.roundings)
 
     def test_they_sample_what_the_hook_of_the_library_does(self, comfy_subject: Any) -> None:
-        from retrace.hosts.comfyui.network.attention import patch_attention
+        from retrace.hosts.comfyui.network.attention import install_attention
         from retrace.hosts.comfyui.patches.reference_kv import patch_reference_kv
 
         model = comfy_subject.host.model
         plain = self.sample(comfy_subject, model)
         found = self.sample(comfy_subject, patch_reference_kv(model))
-        expected = self.sample(comfy_subject, patch_attention(model, ReferenceKV(FIRST)))
+        hooked = model.clone()
+        install_attention(hooked.model_options, comfy_subject.host.network, ReferenceKV(FIRST))
+        expected = self.sample(comfy_subject, hooked)
         assert torch.equal(found, expected)
         assert_rounds_to(found[0], plain[0], self.roundings(comfy_subject))
         assert float((found[1] - plain[1]).abs().max()) > 0.05

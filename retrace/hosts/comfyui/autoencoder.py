@@ -19,6 +19,7 @@ from ..common.private_decoder import private_decoder
 from . import plain
 from .compat import free_of_patches, runtime_state
 from .gradients import gradient_mode
+from .types import Vae
 
 WEIGHT_COPIES = 4  # the weights, their gradients, and Adam's two moments
 TRAINING_MEMORY = 2  # memory of a decoder's backward pass with checkpoints, against core's figure for its forward pass
@@ -28,7 +29,7 @@ _PREVIEW = 512  # pixels, the longest side
 class ComfyAutoencoder:
     """What background reconstruction needs of a VAE; latents are those of a LATENT socket."""
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Vae) -> None:
         self.vae = vae
 
     def encode_image(self, image: Tensor) -> Tensor:

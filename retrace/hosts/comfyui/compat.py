@@ -10,6 +10,8 @@ import comfy.model_patcher
 import comfy.sd
 import torch
 
+from .types import Model, Network
+
 
 def model_patcher_class(disable_dynamic: bool) -> Any:
     """The patcher that core's loaders use: dynamic VRAM where this ComfyUI has it (2026), the classic one elsewhere."""
@@ -18,7 +20,7 @@ def model_patcher_class(disable_dynamic: bool) -> Any:
     return getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
 
 
-def is_dynamic(patcher: Any) -> bool:
+def is_dynamic(patcher: Model) -> bool:
     """Whether weights live in pages that ComfyUI may reuse while a graph still needs them."""
     return bool(getattr(patcher, "is_dynamic", lambda: False)())
 
@@ -58,7 +60,7 @@ def drop_inference_buffers() -> None:
         del buffers[stream]
 
 
-def runtime_state(network: Any) -> dict[int, Any]:
+def runtime_state(network: Network) -> dict[int, Any]:
     """What core keeps on the layers of ``network`` while they are loaded, as things not to copy with it.
 
     For the memo of :func:`copy.deepcopy`: pages of dynamic VRAM, pinned memory, functions that patch a weight.
@@ -73,7 +75,7 @@ def runtime_state(network: Any) -> dict[int, Any]:
     }
 
 
-def free_of_patches(network: Any) -> None:
+def free_of_patches(network: Network) -> None:
     """Make the layers of a copied ``network`` compute with their own weights, as those of a model nobody loaded."""
     for module in network.modules():
         for name in [name for name in vars(module) if _is_runtime_state(name)]:

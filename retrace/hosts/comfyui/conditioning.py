@@ -72,11 +72,11 @@ class ComfyConditioning:
     holds the same one (core repeats a condition to cover the area of another), and leaves the rest as they are.
     """
 
-    def __init__(self, entries: list[dict[str, Any]]) -> None:
+    def __init__(self, entries: list[Options]) -> None:
         self.entries = entries
 
     @classmethod
-    def prepared(cls, entries: list[dict[str, Any]], device: torch.device) -> ComfyConditioning:
+    def prepared(cls, entries: list[Options], device: torch.device) -> ComfyConditioning:
         """From core's list, with the embeddings as ordinary tensors on ``device``."""
         moved: dict[int, Any] = {}
         ready = []
@@ -118,7 +118,7 @@ class ComfyConditioning:
         )
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _equal(a: object, b: object) -> bool:
     return (
         isinstance(a, Tensor)
         and isinstance(b, Tensor)

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .types import Model
+
 TENSORS = 24  # weights that are looked at, spread over the network
 VALUES = 64  # values of each
 
 
-def fingerprint(patcher: Any) -> str:
+def fingerprint(patcher: Model) -> str:
     """16 hexadecimal digits: equal for the same checkpoint, LoRAs and prediction, in every session.
 
     Hashes the names and shapes of all weights, sampled values of some as the file holds them (without what a LoRA has

@@ -19,6 +19,7 @@ from ...core.errors import UnsupportedModel
 from ..common.tensors import is_quantised
 from .compat import drop_inference_buffers, set_in_training
 from .plain import alias, change_tensors
+from .types import Executor, Model, Options
 
 GRAPH_MEMORY = 3  # memory of a forward pass that is kept for backward, against one that is not
 
@@ -46,7 +47,7 @@ class OrdinaryWeight:
         return weight.detach().clone()
 
 
-def gradient_clone(patcher: Any) -> Any:
+def gradient_clone(patcher: Model) -> Any:
     """A clone of ``patcher`` whose layers take part in autograd, over the same weights.
 
     Raises :class:`UnsupportedModel` for quantised weights, whose kernels have no backward.
@@ -102,7 +103,7 @@ def _ordinary_leftovers(network: nn.Module) -> Iterator[None]:
             store[key] = value
 
 
-def differentiable_attention(options: dict[str, Any]) -> None:
+def differentiable_attention(options: Options) -> None:
     """Make every attention call of ``options`` use PyTorch's: sage, flash and int8 kernels have no backward."""
 
     def override(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -133,7 +134,7 @@ def constant_controls(conds: Sequence[Any], made: dict[int, ConstantControl]) ->
     One for each ControlNet, because core batches conditions only when they hold the same object.
     """
 
-    def constant(entry: dict[str, Any]) -> dict[str, Any]:
+    def constant(entry: Options) -> dict[str, Any]:
         control = entry.get("control")
         if control is None:
             return entry
@@ -142,7 +143,7 @@ def constant_controls(conds: Sequence[Any], made: dict[int, ConstantControl]) ->
     return [cond and [constant(entry) for entry in cond] for cond in conds]
 
 
-def settle_hooks(patcher: Any, conds: Sequence[Any], levels: Tensor, options: dict[str, Any]) -> None:
+def settle_hooks(patcher: Model, conds: Sequence[Any], levels: Tensor, options: Options) -> None:
     """Write the weights of conditions with LoRA hooks now: while autograd is on, core could not.
 
     Raises :class:`UnsupportedModel` for two different hooks in one graph, which would overwrite weights
@@ -162,7 +163,7 @@ def settle_hooks(patcher: Any, conds: Sequence[Any], levels: Tensor, options: di
         patcher.apply_hooks(hooks=hooks)
 
 
-def reserve_graph_memory(executor: Any, model: Any, shape: Any, *args: Any, **kwargs: Any) -> Any:
+def reserve_graph_memory(executor: Executor, model: Any, shape: Any, *args: Any, **kwargs: Any) -> Any:
     """Around core's preparation of a run: it reserves memory for a forward pass, and a graph takes several times that.
 
     Core estimates from the batch, so it is shown a larger one.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...core.errors import InvalidSchedule, UnsupportedModel
 from ...core.host import Parametrisation
+from .types import ModelSampling
 
 RETRACING_SAMPLERS = ("ddim", "euler")
 """Samplers that walk an inverted path back step by step."""
@@ -60,7 +61,7 @@ def require_deterministic(sampler_name: str) -> None:
         )
 
 
-def parametrisation(model_sampling: Any) -> Parametrisation:
+def parametrisation(model_sampling: ModelSampling) -> Parametrisation:
     """``eps``, ``v`` or ``flow``; raises :class:`UnsupportedModel` for any other formula.
 
     Judged by the formula itself, not by inheritance: core derives x0- and EDM-prediction from the eps class, and other
@@ -91,13 +92,13 @@ def parametrisation(model_sampling: Any) -> Parametrisation:
     )
 
 
-def training_sigmas(model_sampling: Any) -> Tensor:
+def training_sigmas(model_sampling: ModelSampling) -> Tensor:
     """Noise levels of the training timesteps, ascending ``[T]``, on the CPU."""
     with torch.inference_mode(False), torch.no_grad():
         return model_sampling.sigmas.detach().to("cpu", torch.float32, copy=True)  # type: ignore[no-any-return]
 
 
-def scheduled_sigmas(model_sampling: Any, scheduler: str, steps: int) -> Tensor:
+def scheduled_sigmas(model_sampling: ModelSampling, scheduler: str, steps: int) -> Tensor:
     """Descending noise levels of core's scheduler, the last one 0, on the CPU.
 
     ``[steps + 1]`` levels for most schedulers. ``ddim_uniform`` and ``beta`` may give another number where the steps do

@@ -23,6 +23,7 @@ from torch import Tensor
 from ....core.errors import InvalidFile
 from ....models.pebble.weights import weights_folder
 from ..compat import accepted, build_clip, model_patcher_class
+from ..types import Clip, Model, Vae
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -41,7 +42,7 @@ TEXT_SHAPE = (
 )
 
 
-def load_pebble(folder: str | Path | None = None) -> tuple[Any, Any, Any]:
+def load_pebble(folder: str | Path | None = None) -> tuple[Model, Clip, Vae]:
     """MODEL, CLIP and VAE from a diffusers folder with ``unet``, ``vae`` and ``text_encoder``; without one, the
     weights that ship with this repository.
 
@@ -51,7 +52,7 @@ def load_pebble(folder: str | Path | None = None) -> tuple[Any, Any, Any]:
     return load_model(folder), load_clip(folder), load_vae(folder)
 
 
-def load_model(folder: str | Path, disable_dynamic: bool = False) -> Any:
+def load_model(folder: str | Path, disable_dynamic: bool = False) -> Model:
     """The UNet as a ModelPatcher; core calls this again (``disable_dynamic=True``) when it needs a private copy."""
     folder = Path(folder)
     config, weights = _read(folder, "unet")
@@ -79,7 +80,7 @@ def load_model(folder: str | Path, disable_dynamic: bool = False) -> Any:
     return patcher
 
 
-def load_clip(folder: str | Path, disable_dynamic: bool = False) -> Any:
+def load_clip(folder: str | Path, disable_dynamic: bool = False) -> Clip:
     """The text encoder; its hidden states feed the cross-attention, there is no projection."""
     config, weights = _read(Path(folder), "text_encoder")
     shape = {name: config[name] for name in TEXT_SHAPE if name in config}
@@ -98,7 +99,7 @@ def load_clip(folder: str | Path, disable_dynamic: bool = False) -> Any:
     return clip
 
 
-def load_vae(folder: str | Path) -> Any:
+def load_vae(folder: str | Path) -> Vae:
     """The KL autoencoder; core renames the diffusers weights itself."""
     config, weights = _read(Path(folder), "vae")
     widths = config["block_out_channels"]
@@ -119,11 +120,11 @@ def load_vae(folder: str | Path) -> Any:
     return vae
 
 
-def _clip_patcher(folder: str, disable_dynamic: bool = False) -> Any:
+def _clip_patcher(folder: str, disable_dynamic: bool = False) -> Model:
     return load_clip(folder, disable_dynamic).patcher
 
 
-def _vae_patcher(folder: str, disable_dynamic: bool = False) -> Any:
+def _vae_patcher(folder: str, disable_dynamic: bool = False) -> Model:
     return load_vae(folder).patcher  # like core's own factory: a VAE decides for itself
 
 

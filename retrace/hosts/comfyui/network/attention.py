@@ -12,17 +12,11 @@ from torch import Tensor
 from ....core.errors import RetraceError, UnsupportedModel
 from ....core.host import AttentionCall, AttentionHook, Row
 from ..plain import alias
+from ..types import Network, Options
 from .unet import AttentionLayer, attention_layers
 
 
-def patch_attention(model: Any, hook: AttentionHook) -> Any:
-    """A clone of the MODEL whose attention layers call ``hook`` in core's samplers; ``Row.cond`` 0 is the positive."""
-    clone = model.clone()
-    install_attention(clone.model_options, clone.model.diffusion_model, hook)
-    return clone
-
-
-def install_attention(options: dict[str, Any], network: Any, hook: AttentionHook) -> None:
+def install_attention(options: Options, network: Network, hook: AttentionHook) -> None:
     """Let every attention layer of ``network`` call ``hook`` when it runs with the model options ``options``.
 
     Core keeps one replacement per layer. One that is there already (another pack's, or an earlier hook) becomes what
@@ -79,7 +73,7 @@ class _Replacement:
         """Older cores copy model options deeply when a MODEL is cloned; a hook must stay the one that its owner has."""
         return self
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra: Options) -> Tensor:
         heads = self.layer.heads
         rows, _, height, width = extra["activations_shape"]
         if q.shape[0] != rows or q.shape[1] != height * width:
@@ -111,7 +105,7 @@ class _Replacement:
             )
         return _join(out).to(q.dtype)
 
-    def _attend(self, extra: dict[str, Any]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def _attend(self, extra: Options) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         inference = torch.is_inference_mode_enabled()
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

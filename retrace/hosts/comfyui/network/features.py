@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..plain import alias
+from ..types import Network
 from .unet import feature_layer
 
 
@@ -50,7 +51,7 @@ class FeatureRecorder:
         self._passes = []
 
     @contextmanager
-    def hooked(self, network: Any) -> Iterator[None]:
+    def hooked(self, network: Network) -> Iterator[None]:
         """Inside, the blocks of ``network`` report their outputs."""
 
         def keep(name: str) -> Any:

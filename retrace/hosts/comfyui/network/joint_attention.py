@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ....core.errors import UnsupportedModel
 from ....core.host import Row
+from ..types import Network, Options
 from .attention import NoiseLevel
 
 Key = tuple[str, int]  # core's name of a block: ("double_block", 3)
@@ -27,7 +28,7 @@ class RowExchange(Protocol):
         ...
 
 
-def joint_blocks(network: Any) -> list[Key]:
+def joint_blocks(network: Network) -> list[Key]:
     """The blocks in the order they run; none for a network that is not known to have the text first in its tokens."""
     import comfy.ldm.chroma.model
     import comfy.ldm.flux.model
@@ -45,7 +46,7 @@ def joint_blocks(network: Any) -> list[Key]:
     return [("double_block", i) for i in range(double)] + [("single_block", i) for i in range(single)]
 
 
-def install_exchange(options: dict[str, Any], network: Any, exchange: RowExchange) -> None:
+def install_exchange(options: Options, network: Network, exchange: RowExchange) -> None:
     """Let picture tokens be read from other rows, as ``exchange`` says, when ``network`` runs with these options.
 
     What the tokens of the text hold stays each row's own, as do all queries. A replacement of another pack that is
@@ -75,7 +76,7 @@ class _Block:
         """Older cores copy model options deeply when a MODEL is cloned."""
         return self
 
-    def __call__(self, args: dict[str, Any], extra: dict[str, Any]) -> Any:
+    def __call__(self, args: Options, extra: Options) -> Any:
         options = args["transformer_options"]
         if "txt" in args:
             text, picture = args["txt"].shape[1], args["img"].shape[1]
@@ -99,7 +100,7 @@ class _Block:
             )
         return out
 
-    def _run(self, args: dict[str, Any], extra: dict[str, Any]) -> Any:
+    def _run(self, args: Options, extra: Options) -> Any:
         return extra["original_block"](args) if self.earlier is None else self.earlier(args, extra)
 
 
@@ -128,7 +129,7 @@ class _Override:
             return self.earlier(function, q, k, v, *args, **kwargs)  # type: ignore[no-any-return]
         return function(q, k, v, *args, **kwargs)
 
-    def _read(self, tensor: Tensor, text: int, kwargs: dict[str, Any]) -> Tensor:
+    def _read(self, tensor: Tensor, text: int, kwargs: Options) -> Tensor:
         """``tensor`` with the picture tokens of the source rows behind each row's own text."""
         read = tensor[self.sources]
         axis = 2 if kwargs.get("skip_reshape") else 1

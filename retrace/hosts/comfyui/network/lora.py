@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ....core.host import LowRank
+from ..types import Model, Network
 from .unet import attention_layers
 
 
-def projection_layers(network: Any) -> dict[str, nn.Module]:
+def projection_layers(network: Network) -> dict[str, nn.Module]:
     """The linear layers of all attentions in the order they run; see :meth:`Denoiser.projections`.
 
     Raises :class:`UnsupportedModel` unless ``network`` is a UNet of the SD1.5 or SDXL kind.
@@ -31,7 +32,7 @@ def projection_layers(network: Any) -> dict[str, nn.Module]:
     return found
 
 
-def lora_model(network: Any, adapters: Mapping[str, LowRank]) -> dict[str, Tensor]:
+def lora_model(network: Network, adapters: Mapping[str, LowRank]) -> dict[str, Tensor]:
     """``adapters`` of ``network`` as core's LORA_MODEL: what Train LoRA gives and Save LoRA writes.
 
     The alpha equals the rank, so that strength 1 is the adapter as it was trained.
@@ -47,6 +48,6 @@ def lora_model(network: Any, adapters: Mapping[str, LowRank]) -> dict[str, Tenso
     return state
 
 
-def patched(model: Any, lora: Mapping[str, Tensor], strength: float = 1.0) -> Any:
+def patched(model: Model, lora: Mapping[str, Tensor], strength: float = 1.0) -> Any:
     """A clone of the MODEL with ``lora`` on it, by core's own patches."""
     return comfy.sd.load_lora_for_models(model, None, dict(lora), strength, 0.0)[0]

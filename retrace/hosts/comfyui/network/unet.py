@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ....core.errors import RetraceError, UnsupportedModel
+from ..types import Network
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class AttentionLayer:
     heads: int
 
 
-def attention_layers(network: Any) -> list[AttentionLayer]:
+def attention_layers(network: Network) -> list[AttentionLayer]:
     """All attention layers in the order they run; raises :class:`UnsupportedModel` without a UNet."""
     names = _block_names(network)
     layers: list[AttentionLayer] = []
@@ -40,7 +41,7 @@ def attention_layers(network: Any) -> list[AttentionLayer]:
     return layers
 
 
-def feature_layer(network: Any, name: str) -> nn.Module:
+def feature_layer(network: Network, name: str) -> nn.Module:
     """The module whose output is that of block ``name`` ("up.0", "mid.0", "down.1").
 
     Raises :class:`RetraceError` when the network has no such block.
@@ -56,7 +57,7 @@ def feature_layer(network: Any, name: str) -> nn.Module:
     return last[name]
 
 
-def feature_blocks(network: Any) -> tuple[str, ...]:
+def feature_blocks(network: Network) -> tuple[str, ...]:
     """Blocks from the middle of the network on, in the order they run; none for a network that is no UNet."""
     try:
         names = _block_names(network)
@@ -65,11 +66,11 @@ def feature_blocks(network: Any) -> tuple[str, ...]:
     return ("mid.0", *dict.fromkeys(names["output"]))
 
 
-def _parts(network: Any) -> list[tuple[str, Any]]:
+def _parts(network: Network) -> list[tuple[str, Any]]:
     return [("input", network.input_blocks), ("middle", [network.middle_block]), ("output", network.output_blocks)]
 
 
-def _block_names(network: Any) -> dict[str, list[str]]:
+def _block_names(network: Network) -> dict[str, list[str]]:
     """Names by part and number. Core counts layers one by one, diffusers in blocks of one resolution.
 
     Going down, a block has its residual layers and then the downsampler, which only the last block lacks; coming up, it

@@ -17,7 +17,7 @@ from ....inversion.edit_friendly import EditFriendly, EditFriendlySettings, inve
 from ..conditioning import levels_may_mix
 from ..host import ComfyHost
 from ..latents import below_flow_top
-from ..types import ConditioningList, Sampler
+from ..types import ConditioningList, Model, Options, Sampler
 
 NODE = "Edit-friendly Inverter"
 
@@ -62,7 +62,7 @@ def noise_sampler(found: EditFriendly) -> Sampler:
         model: Any,
         x: Tensor,
         sigmas: Tensor,
-        extra_args: dict[str, Any] | None = None,
+        extra_args: Options | None = None,
         callback: Any = None,
         disable: bool | None = None,
     ) -> Tensor:
@@ -85,7 +85,7 @@ def noise_sampler(found: EditFriendly) -> Sampler:
     return comfy.samplers.KSAMPLER(sample_edit_friendly)
 
 
-def _check_run(model: Any, extra_args: Mapping[str, Any]) -> None:
+def _check_run(model: Model, extra_args: Options) -> None:
     noise = getattr(model, "noise", None)
     if isinstance(noise, Tensor) and bool(torch.count_nonzero(noise)):
         raise InvalidInput(
