@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..retrace.core.checks import describe
 from ..retrace.core.errors import InvalidImage, InvalidInput, InvalidPoints, Remedy
 from ..retrace.core.trajectory import Trajectory
@@ -24,7 +22,7 @@ def require_points(value: object) -> DragPoints:
     return value
 
 
-def latent_samples(value: object, connect: str = "VAE Encode") -> Any:
+def latent_samples(value: object, connect: str = "VAE Encode") -> object:
     """What a LATENT socket holds as ``samples``, unchecked; raises InvalidImage, which names the node to connect."""
     if not isinstance(value, dict) or "samples" not in value:
         raise InvalidImage(f"latent: got {describe(value)}, but a LATENT is needed. Connect '{connect}'.")

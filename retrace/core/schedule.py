@@ -211,11 +211,11 @@ def check_sigmas(sigmas: object, name: str = "sigmas") -> Tensor:
         )
     if not bool(torch.isfinite(sigmas).all()):
         raise InvalidSchedule(
-            f"{name}: there is NaN or infinity among the noise levels {_shown(sigmas)}. {needed} is needed."
+            f"{name}: there is NaN or infinity among the noise levels {shown(sigmas)}. {needed} is needed."
         )
     if bool((sigmas < 0).any()):
         raise InvalidSchedule(
-            f"{name}: there are negative noise levels in {_shown(sigmas)}, but 0 is the lowest there is."
+            f"{name}: there are negative noise levels in {shown(sigmas)}, but 0 is the lowest there is."
         )
     rises = (sigmas.diff() >= 0).nonzero().flatten().tolist()
     if rises == [len(sigmas) - 2] and bool(sigmas[-1] == sigmas[-2]) and float(sigmas[0]) > float(sigmas[-1]):
@@ -250,7 +250,8 @@ def truncate(sigmas: Tensor, strength: float) -> Tensor:
     return sigmas[steps - max(1, round(strength * steps)) :]
 
 
-def _shown(sigmas: Tensor) -> str:
+def shown(sigmas: Tensor) -> str:
+    """The noise levels ``[N + 1]`` for a message, the middle ones left out where there are many."""
     values = [f"{s:.4g}" for s in sigmas.tolist()]
     return ", ".join(values if len(values) <= 8 else [*values[:4], "...", *values[-3:]])
 

@@ -28,7 +28,7 @@ from ..core.errors import InvalidSetting, TrajectoryMismatch
 from ..core.host import Conditioning, Denoiser, Origin, Parametrisation, add_noise, picture_share
 from ..core.report import memory_lines
 from ..core.sampling import Callback, SampleStep, ddpm_mean, guided_estimate, require_finite, steps_of
-from ..core.schedule import check_sigmas
+from ..core.schedule import check_sigmas, shown
 from ..core.trajectory import Trajectory
 
 
@@ -76,7 +76,8 @@ class EditFriendly:
             if torch.allclose(own[first : first + len(asked)], asked, rtol=1e-5, atol=1e-6):
                 return first
         raise TrajectoryMismatch(
-            f"The sampler asks for {_shown(asked)}, but the noises were made for {_shown(own)}. Sample with the sigmas "
+            f"The sampler asks for {len(asked) - 1} step(s) with the noise levels {shown(asked)}, but the noises were "
+            f"made for {len(own) - 1} step(s) with the noise levels {shown(own)}. Sample with the sigmas "
             "of the inversion, or invert again with the scheduler and the steps that you want."
         )
 
@@ -277,9 +278,3 @@ def _noised(x0: Tensor, levels: list[float], seed: int, parametrisation: Paramet
             noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0)
             latents.append(add_noise(x0, noise, level, parametrisation))
     return torch.stack(latents[::-1])
-
-
-def _shown(sigmas: Tensor) -> str:
-    values = [f"{s:.3f}" for s in sigmas.tolist()]
-    listed = ", ".join(values if len(values) <= 6 else [*values[:3], "...", *values[-2:]])
-    return f"{len(values) - 1} step(s) with the noise levels {listed}"

@@ -226,11 +226,12 @@ class _MethodSampler(comfy.samplers.Sampler):
         extra_args: Options,
         callback: Any,
         noise: Tensor,
-        latent_image: Tensor | None = None,
-        denoise_mask: Tensor | None = None,
-        disable_pbar: bool = False,
+        *_: object,
     ) -> Tensor:
-        """Called by core's guider with the model loaded; keeps what the method returns in :attr:`outcome`."""
+        """Called by core's guider with the model loaded; keeps what the method returns in :attr:`outcome`.
+
+        The latent, the mask and the progress bar that follow are for samplers that walk.
+        """
         self.host._running = model_wrap.model_patcher
         with torch.inference_mode(False), torch.no_grad():
             denoiser = ComfyDenoiser(
