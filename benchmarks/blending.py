@@ -28,12 +28,13 @@ from retrace.blending.sample import sample_blended
 from retrace.clip_guidance.ranking import Region, rank_by_clip
 from retrace.hosts.diffusers import DiffusersHost
 from retrace.masks import latent_mask
-from retrace.metrics import border_gradient, eight_bit_difference
+from retrace.metrics import eight_bit_difference
 from retrace.models.clip.model import ImageTextModel, load_image_text_model
 from retrace.models.pebble.scenes import scene_rng
 
 from .applications import APPLICATIONS, Recipe, Task
 from .results import Section, Table, add_write
+from .seam import border_gradient
 
 SECTION = Section(
     "blending",

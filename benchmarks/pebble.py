@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrace.cli.edit import EditSettings, edit_image
+from retrace.cli.edit import EditPrompts, EditSettings, edit_image
 from retrace.cli.main import example_mask
 from retrace.core.sampling import sample_ddim
 from retrace.hosts.diffusers import DiffusersHost
@@ -169,7 +169,7 @@ def blend_edits(host: Any, count: int, settings: EditSettings | None = None) -> 
         # The words for the whole picture, as for any model: what the mask leaves alone is named, too.
         wanted = [replace(s, objects=(o, *s.objects[1:])) for s, o in zip(scenes, new, strict=True)]
         before, after = ([s.caption() for s in part] for part in (scenes, wanted))
-        edited = edit_image(host, images, masks, before, after, replace(settings, seed=number)).edited
+        edited = edit_image(host, images, masks, EditPrompts(before, after), replace(settings, seed=number)).edited
         hits += [found(i, "blue", "square", m) for i, m in zip(to_nchw(edited), masks, strict=True)]
         for image, mask in zip(to_nchw(edited), masks, strict=True):
             inside = [o for o in parse(image).objects if mask[int(o.y), int(o.x)] > 0.5]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from comfy_api.latest import io, ui
 
-from ..retrace.metrics import edit_report
+from ..retrace.metrics import edit_report, load_lpips
 from ..retrace.models.clip.model import ImageTextModel
 from ._errors import reports_errors
 from ._schema import ImageText, schema
+
+if TYPE_CHECKING:
+    from ..retrace.hosts.comfyui.types import ClipVision
 
 
 class EditReportNode(io.ComfyNode):
@@ -69,7 +72,7 @@ class EditReportNode(io.ComfyNode):
         lpips: bool,
         clip: ImageTextModel | None = None,
         prompt: str = "",
-        clip_vision: Any = None,
+        clip_vision: ClipVision | None = None,
     ) -> io.NodeOutput:
         from ..retrace.hosts.comfyui.image_text import on_compute_device, vision_tokens
 
@@ -77,6 +80,7 @@ class EditReportNode(io.ComfyNode):
         if clip_vision is not None:
             tokens = functools.partial(vision_tokens, clip_vision)
         with contextlib.nullcontext() if clip is None else on_compute_device(clip):
-            report = edit_report(edited, source, mask, lpips=lpips, clip=clip, prompt=prompt, tokens=tokens)
+            perceptual = load_lpips() if lpips else None
+            report = edit_report(edited, source, mask, lpips=perceptual, clip=clip, prompt=prompt, tokens=tokens)
         text = report.text()
         return io.NodeOutput(text, report.json(), ui=ui.PreviewText(text))

@@ -6,10 +6,12 @@ beyond 0..1 are clamped, as saving the picture would do; anything further off is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .errors import InvalidImage, InvalidSchedule, Remedy
+from .errors import InvalidImage, InvalidSchedule, InvalidSetting, Remedy
 
 OVERSHOOT = 0.25
 """How far bicubic and Lanczos resizing may leave 0..1 (a sharp white corner on black reaches about 1.2)."""
@@ -188,6 +190,12 @@ def check_steps(name: str, steps: object, minimum: int = 1, maximum: int | None 
     if maximum is not None and steps > maximum:
         raise InvalidSchedule(f"{name}: got {steps}, but {needed} is needed. Lower it to {maximum} or less.")
     return steps
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise InvalidSetting unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise InvalidSetting(f"{name}: got {value!r}, but one of {', '.join(choices)} is needed.")
 
 
 def match_batch(mask: Tensor, batch: int, name: str) -> Tensor:

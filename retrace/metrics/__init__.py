@@ -6,7 +6,6 @@ from .clip_score import ClipScores, clip_score, clip_scores
 from .perceptual import find_backbone, load_lpips, lpips_distance
 from .quality import PSNR_CAP, changed_pixels, eight_bit_difference, mse, psnr, ssim, ssim_map
 from .report import EditReport, ImageScores, RegionScores, edit_report
-from .seam import border_gradient
 from .structure import self_similarity, spatial_tokens, structure_distance
 
 __all__ = [
@@ -15,7 +14,6 @@ __all__ = [
     "EditReport",
     "ImageScores",
     "RegionScores",
-    "border_gradient",
     "changed_pixels",
     "clip_score",
     "clip_scores",

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.checks import check_image, check_same_size, describe, match_batch
-from ..core.errors import InvalidFile, InvalidImage, RetraceError, require
+from ..core.errors import InvalidFile, InvalidImage, InvalidSetting, require
+from .quality import check_region
 
 LpipsNet = Literal["alex", "vgg", "squeeze"]
 
@@ -32,10 +33,10 @@ def find_backbone(net: LpipsNet = "alex", path: str | os.PathLike[str] | None = 
 
     Raises:
         InvalidFile: there is no such file; the message names file, folder and where it comes from.
-        RetraceError: ``net`` is none of alex, vgg, squeeze.
+        InvalidSetting: ``net`` is none of alex, vgg, squeeze.
     """
     if net not in get_args(LpipsNet):
-        raise RetraceError(f"LPIPS: got the network {net!r}, but one of {', '.join(_BACKBONES)} is needed. Choose one.")
+        raise InvalidSetting(f"LPIPS: got the network {net!r}, but one of {', '.join(_BACKBONES)} is needed.")
     file = Path(path) if path is not None else Path(torch.hub.get_dir()) / "checkpoints" / _BACKBONES[net]
     if not file.is_file():
         raise InvalidFile(
@@ -92,31 +93,37 @@ def load_lpips(net: LpipsNet = "alex", path: str | os.PathLike[str] | None = Non
 
 
 def lpips_distance(image: Tensor, target: Tensor, model: nn.Module, region: Tensor | None = None) -> Tensor:
-    """LPIPS distance [B]: 0 for identical pictures, larger for less alike ones.
+    """LPIPS distance ``[B]``: 0 for identical images, larger for less alike ones.
 
     Args:
-        image, target: [B,H,W,3], 0..1; one target may serve all.
+        image, target: ``[B, H, W, 3]``, 0..1; one target may serve all.
         model: from :func:`load_lpips`.
-        region: bool [B or 1,H,W]. Outside of it the image is replaced by the target, so that only changes in the region
-            count; the value is a mean over the whole picture, so a small region gives a small number.
+        region: bool ``[B or 1, H, W]``. Outside of it the image is replaced by the target, so that only changes in the
+            region count; the value is a mean over the whole image, so a small region gives a small number.
 
     Raises:
         InvalidImage: not images, different sizes, or smaller than 32x32.
     """
     image, target = check_image("image", image), check_image("target image", target)
     check_same_size("image", image, "the target image", target)
+    target = match_batch(target, image.shape[0], "target image")
+    return trusted_lpips(image, target, model, None if region is None else check_region(region, image))
+
+
+def trusted_lpips(image: Tensor, target: Tensor, model: nn.Module, region: Tensor | None) -> Tensor:
+    """:func:`lpips_distance` of images ``[B, H, W, 3]`` and a region ``[B, H, W]`` that were checked."""
     if min(image.shape[1:3]) < _SMALLEST:
         raise InvalidImage(
             f"image: got {describe(image)}, but LPIPS needs at least {_SMALLEST}x{_SMALLEST} pixels. Use a larger one, "
             "or turn LPIPS off."
         )
-    target = match_batch(target, image.shape[0], "target image").to(image)
+    target = target.to(image)
     if region is not None:
-        image = torch.where(match_batch(region, image.shape[0], "region")[..., None], image, target)
+        image = torch.where(region.to(image.device)[..., None], image, target)
     like = next(model.parameters())
     rows = []
     with torch.no_grad():
-        for one, other in zip(image, target, strict=True):  # one by one: a batch of large pictures need not fit
+        for one, other in zip(image, target, strict=True):  # one by one: a batch of large images need not fit
             pair = torch.stack([one, other]).movedim(-1, 1).to(like) * 2 - 1
             rows.append(model(pair[:1], pair[1:]).reshape(()))
     return torch.stack(rows).cpu().double()

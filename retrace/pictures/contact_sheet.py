@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..metrics import PSNR_CAP, EditReport, RegionScores
-from .files import to_picture
+from ..metrics import PSNR_CAP, EditReport, ImageScores, RegionScores
+from .convert import FAINT, INK, PAPER, to_picture
 from .fonts import Font, drawable, font_for
 
 DIFFERENCE_GAIN = 5
-_PAPER, _INK, _FAINT = (250, 250, 248), (24, 24, 26), (110, 110, 114)
 _SMALLEST, _LARGEST, _MARGIN = 256, 512, 16
 
 
@@ -39,13 +38,13 @@ def edit_panels(
 
     ``scores`` holds the reports named ``reconstruction`` and ``edit``.
     """
-    report = scores["edit"]
+    report = scores["edit"].mean
     levels = report.max_difference_outside
     kept = "no outside" if levels is None else "identical" if levels == 0 else f"up to {levels} of 255 levels"
     return [
         Panel("Source", source, [f"“{source_prompt}”"]),
-        Panel("Mask", mask, [f"{report.mask_area:.1%} of the picture"]),
-        Panel("Reconstruction", reconstruction, score_lines(scores["reconstruction"])),
+        Panel("Mask", mask, [f"{report.mask_area:.1%} of the image"]),
+        Panel("Reconstruction", reconstruction, score_lines(scores["reconstruction"].mean)),
         Panel("Edit", edited, [f"“{prompt}”", *score_lines(report)]),
         Panel(
             f"Difference x{DIFFERENCE_GAIN}",
@@ -55,9 +54,9 @@ def edit_panels(
     ]
 
 
-def score_lines(report: EditReport) -> list[str]:
+def score_lines(scores: ImageScores) -> list[str]:
     """PSNR and SSIM inside and outside the mask, one line each."""
-    return [_line("inside", report.inside), _line("outside", report.outside)]
+    return [_line("inside", scores.inside), _line("outside", scores.outside)]
 
 
 def _line(name: str, scores: RegionScores) -> str:
@@ -83,17 +82,17 @@ def contact_sheet(panels: Sequence[Panel], heading: str) -> Image.Image:
         _MARGIN + (cell + _MARGIN) * len(panels),
         below + step * max(len(lines) for lines in texts) + _MARGIN,
     )
-    sheet = Image.new("RGB", size, _PAPER)
+    sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((_MARGIN, _MARGIN), drawable(heading, text), _FAINT, text)
+    draw.text((_MARGIN, _MARGIN), drawable(heading, text), FAINT, text)
     for number, (panel, lines) in enumerate(zip(panels, texts, strict=True)):
         left = _MARGIN + number * (cell + _MARGIN)
-        draw.text((left, top), panel.title, _INK, title)
+        draw.text((left, top), panel.title, INK, title)
         picture = to_picture(panel.picture).convert("RGB")
         enlarge = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
         sheet.paste(picture.resize((round(width * scale), tall), enlarge), (left, top + 28))
         for row, line in enumerate(lines):
-            draw.text((left, below + row * step), line, _INK if row == 0 else _FAINT, text)
+            draw.text((left, below + row * step), line, INK if row == 0 else FAINT, text)
     return sheet
 
 

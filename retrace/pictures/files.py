@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..core.checks import check_mask
 from ..core.errors import InvalidFile, InvalidImage
 from ..core.files import replace_file
+from .convert import to_tensor
+
+_GREY = 8.5  # levels of 255 that the channels of a grey image may be apart: a JPEG rounds them
 
 
 def read_image(path: Path) -> Tensor:
@@ -28,7 +30,7 @@ def read_image(path: Path) -> Tensor:
             "it onto a background in your picture editor and save it again. If its transparency is the mask, save that "
             "as a grey picture of its own."
         )
-    return torch.from_numpy(np.array(picture.convert("RGB"))).float()[None] / 255
+    return to_tensor(picture)[None]
 
 
 def read_mask(path: Path, size: tuple[int, int]) -> Tensor:
@@ -44,13 +46,13 @@ def read_mask(path: Path, size: tuple[int, int]) -> Tensor:
             f"The mask {path.name} is {picture.mode} and has transparent pixels, so it is not clear what selects. Save "
             "it as an opaque grey picture: white where the picture shall change, black elsewhere."
         )
-    levels = np.array(picture.convert("RGB"))
-    if int(np.ptp(levels.astype(np.int16), axis=-1).max()) > 8:
+    image = to_tensor(picture)
+    if float((image.amax(dim=-1) - image.amin(dim=-1)).max()) > _GREY / 255:
         raise InvalidImage(
             f"The mask {path.name} has colours, but a grey picture is needed: white where the picture shall change, "
             "black elsewhere. Was the photo given as the mask?"
         )
-    return check_mask(f"mask {path.name}", torch.from_numpy(levels[..., 0].copy()).float()[None] / 255, size)
+    return check_mask(f"mask {path.name}", image[None, ..., 0], size)
 
 
 def _transparent(picture: Image.Image) -> bool:
@@ -78,11 +80,6 @@ def _open(path: Path) -> Image.Image:
     if picture.mode in ("P", "PA", "LA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
     return picture
-
-
-def to_picture(image: Tensor) -> Image.Image:
-    """``[H, W, 3]`` or ``[H, W]`` in 0..1 as an 8-bit picture."""
-    return Image.fromarray((image.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8).numpy())
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrace.cli.edit import EditSettings, edit_image
+from retrace.cli.edit import EditPrompts, EditSettings, edit_image
 from retrace.core.errors import InvalidFile, InvalidSchedule, UnsupportedModel
 from retrace.core.host import Conditioning, Denoiser
 from retrace.hosts.diffusers import DiffusersHost, configs
@@ -196,12 +196,12 @@ def test_every_method_edits_a_batch_with_its_own_prompts(sd: Path, method: Any) 
     mask[:, 8:24, 8:24] = 1
     settings = EditSettings(steps=2, method=method, seed=1)
     words = (["a red circle", "a blue star"], ["a green square", "a white star"])
-    result = edit_image(host, image, mask, *words, settings)
+    result = edit_image(host, image, mask, EditPrompts(*words), settings)
     assert torch.isfinite(result.edited).all()
     assert torch.equal(result.edited[mask.expand(2, -1, -1) == 0], image[mask.expand(2, -1, -1) == 0])
     backwards = result.trajectory.report["backwards"]
     assert isinstance(backwards, int) and (backwards > 0) == (method == "spdinv")
-    alone = edit_image(host, image[:1], mask, words[0][0], words[1][0], settings)
+    alone = edit_image(host, image[:1], mask, EditPrompts(words[0][0], words[1][0]), settings)
     assert result.trajectory.latents[-1, :1].allclose(alone.trajectory.latents[-1], atol=1e-4)
 
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retrace.blending.paste import paste_background
-from retrace.cli.edit import STAGES, EditSettings, edit_image
-from retrace.core.errors import InvalidImage, InvalidSchedule, RetraceError
+from retrace.cli.edit import STAGES, EditPrompts, EditSettings, edit_image
+from retrace.core.errors import InvalidImage, InvalidInput, InvalidSchedule, InvalidSetting, RetraceError
 from retrace.core.host import Parametrisation
 from retrace.core.prompt import Prompt
 from retrace.pictures.contact_sheet import contact_sheet, edit_panels
@@ -100,7 +100,7 @@ def mask() -> Tensor:
 
 def edit(image: Tensor, mask: Tensor, host: Any = None, **settings: Any) -> Any:
     chosen = EditSettings(**{"steps": 12, "guidance": 1.0, "feather": 0.0, **settings})
-    return edit_image(host or Grey(), image, mask, SOURCE, TARGET, chosen)
+    return edit_image(host or Grey(), image, mask, EditPrompts(SOURCE, TARGET), chosen)
 
 
 def test_the_edit_shows_the_prompt_inside_and_the_source_outside(image: Tensor, mask: Tensor) -> None:
@@ -114,20 +114,20 @@ def test_the_edit_shows_the_prompt_inside_and_the_source_outside(image: Tensor, 
 @pytest.mark.parametrize("background", ["trajectory", "fixed", "fresh"])
 def test_every_background_keeps_the_latent_outside(image: Tensor, mask: Tensor, background: Any) -> None:
     result = edit(image, mask, background=background)
-    assert result.scores()["edit"].max_difference_outside == 0
+    assert result.scores()["edit"].mean.max_difference_outside == 0
     assert abs(float(result.edited[mask > 0].mean()) - 0.8) < 0.05
 
 
 def test_the_reconstruction_is_the_source(image: Tensor, mask: Tensor) -> None:
     result = edit(image, mask, method="fixed_point")
     assert float((result.reconstruction - result.decoded).abs().max()) < 1e-3
-    assert result.scores()["reconstruction"].overall.psnr > 50
+    assert result.scores()["reconstruction"].mean.overall.psnr > 50
 
 
 def test_the_edit_before_pasting_is_there_too(image: Tensor, mask: Tensor) -> None:
     result = edit(image, mask, feather=4.0)
-    assert not torch.equal(result.unpasted, result.edited)
-    assert torch.equal(paste_background(result.unpasted, image, mask, 4.0), result.edited)
+    assert not torch.equal(result.painted, result.edited)
+    assert torch.equal(paste_background(result.painted, image, mask, 4.0), result.edited)
 
 
 def test_gradients_are_asked_for_where_the_inversion_needs_them(image: Tensor, mask: Tensor) -> None:
@@ -174,8 +174,8 @@ def test_at_the_highest_level_the_noise_has_the_variance_of_the_training(
 
 
 def test_a_batch_has_a_prompt_for_each_image_or_one(image: Tensor, mask: Tensor) -> None:
-    with pytest.raises(RetraceError, match="prompt: got 3 texts for 1 images"):
-        edit_image(Grey(), image, mask, SOURCE, [TARGET] * 3)
+    with pytest.raises(InvalidInput, match=r"^prompt: got 3 texts for 1 images"):
+        edit_image(Grey(), image, mask, EditPrompts(SOURCE, [TARGET] * 3))
 
 
 def test_little_strength_stays_close_to_the_source(image: Tensor, mask: Tensor) -> None:
@@ -199,13 +199,13 @@ def test_cost_is_counted_and_reported(image: Tensor, mask: Tensor) -> None:
     stages: list[str] = []
     host = Grey()
     settings = EditSettings(steps=10, guidance=3.0, method="ddim")
-    result = edit_image(host, image, mask, SOURCE, TARGET, settings, on_stage=stages.append)
+    result = edit_image(host, image, mask, EditPrompts(SOURCE, TARGET), settings, on_stage=stages.append)
     assert tuple(stages) == STAGES
     assert result.evaluations == {"invert": 10, "reconstruct": 10, "edit": 20}
     assert host.reports.count((10, 10)) == 3
     report = json.loads(json.dumps(result.report(), allow_nan=False))
     assert report["settings"]["guidance"] == 3.0
-    assert set(report["scores"]) == {"vae", "reconstruction", "edit"}
+    assert set(result.scores()) == {"vae", "reconstruction", "edit"}
 
 
 def test_a_batch_is_edited_image_by_image(image: Tensor, mask: Tensor) -> None:
@@ -232,10 +232,16 @@ def test_strength_counts_from_the_end(strength: float, walked: int) -> None:
     ("settings", "error", "message"),
     [
         ({"steps": 0}, InvalidSchedule, "steps: got 0"),
-        ({"strength": 0.0}, InvalidSchedule, r"strength: got 0\.0"),
-        ({"strength": 1.5}, InvalidSchedule, r"strength: got 1\.5"),
-        ({"guidance": float("nan")}, RetraceError, "guidance: got nan"),
-        ({"guidance": -1.0}, RetraceError, r"guidance: got -1\.0"),
+        ({"strength": 0.0}, InvalidSetting, r"strength: got 0\.0"),
+        ({"strength": 1.5}, InvalidSetting, r"strength: got 1\.5"),
+        ({"guidance": float("nan")}, InvalidSetting, "guidance: got nan"),
+        ({"guidance": -1.0}, InvalidSetting, r"guidance: got -1\.0"),
+        ({"feather": -1.0}, InvalidSetting, r"feather: got -1\.0"),
+        ({"shrink": -1}, InvalidSetting, "shrink: got -1"),
+        ({"method": "best"}, InvalidSetting, "method: got 'best', but one of ddim"),
+        ({"sampler": "heun"}, InvalidSetting, "sampler: got 'heun'"),
+        ({"background": "none"}, InvalidSetting, "background: got 'none'"),
+        ({"cells": "some"}, InvalidSetting, "cells: got 'some'"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], error: type[Exception], message: str) -> None:

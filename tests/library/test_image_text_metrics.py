@@ -109,7 +109,7 @@ def test_report_with_clip() -> None:
     edit, unchanged = report.images
     assert edit.inside.clip == pytest.approx(1) and edit.clip_box == pytest.approx(1)
     assert unchanged.inside.clip == unchanged.clip_box == 0
-    assert report.inside.clip == pytest.approx(0.5) and report.clip_box == pytest.approx(0.5)
+    assert report.mean.inside.clip == pytest.approx(0.5) and report.mean.clip_box == pytest.approx(0.5)
     # Two of 64 tokens are turned by a right angle: 2 * 2 * 62 of 64 * 64 cosines fall from 1 to 0.
     assert edit.structure_distance == pytest.approx(2 * 2 * 62 / 64**2) and unchanged.structure_distance == 0
     head, *rows = report.text().splitlines()[:4]
@@ -117,14 +117,14 @@ def test_report_with_clip() -> None:
     assert "CLIP score of the box around the mask: 0.5000" in report.text()
     assert "structure distance: 3.027e-02" in report.text()
     content = json.loads(report.json())
-    assert content["images"][0]["overall"]["clip"] == edit.overall.clip and content["clip_box"] == report.clip_box
+    assert content["images"][0]["overall"]["clip"] == edit.overall.clip and content["clip_box"] == report.mean.clip_box
 
     silent = edit_report(both, source, region.float(), clip=clip, tokens=None)
-    assert silent.overall.clip is None and silent.clip_box is None and silent.structure_distance is None
+    assert silent.mean.overall.clip is None and silent.mean.clip_box is None and silent.mean.structure_distance is None
     assert "CLIP" not in silent.text() and "structure" not in silent.text()
     full = edit_report(both, source, torch.ones(1, 32, 32), clip=clip, prompt="red")
-    assert full.outside.clip is None and full.inside.clip == full.overall.clip
-    with pytest.raises(RetraceError, match=r"prompt: got words.*Load CLIP"):
+    assert full.mean.outside.clip is None and full.mean.inside.clip == full.mean.overall.clip
+    with pytest.raises(RetraceError, match=r"prompt: got words.*image-text model"):
         edit_report(both, source, region.float(), prompt="red")
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.edit_cost import counted
+from benchmarks.seam import border_gradient
 from retrace.core.errors import InvalidFile, InvalidImage, MissingPackage, RetraceError
 from retrace.metrics import (
     PSNR_CAP,
-    border_gradient,
     changed_pixels,
     edit_report,
     eight_bit_difference,
@@ -134,14 +135,24 @@ def test_report_of_a_batch() -> None:
     assert clean.outside.psnr == PSNR_CAP and clean.max_difference_outside == 0 and clean.changed_outside == 0
     assert clean.inside.psnr == pytest.approx(20, abs=1e-4) and clean.inside.mse == pytest.approx(0.01, rel=1e-4)
     assert leaky.max_difference_outside == 10 and leaky.changed_outside == pytest.approx(16 / 768)
-    assert report.max_difference_outside == 10 and report.mask_area == 0.25
+    assert report.mean.max_difference_outside == 10 and report.mean.mask_area == 0.25
     assert clean.overall.mse is not None and leaky.overall.mse is not None
-    assert report.overall.mse == pytest.approx((clean.overall.mse + leaky.overall.mse) / 2)
-    assert report.overall.lpips is None
+    assert report.mean.overall.mse == pytest.approx((clean.overall.mse + leaky.overall.mse) / 2)
+    assert report.mean.overall.lpips is None
     text = report.text()
     assert "mask area: 25.0%" in text and "at most 10 of 255" in text
     assert "  1: inside 20.00 dB, outside >=100 dB, identical in 8 bits" in text
     assert "LPIPS" not in text
+
+
+def test_a_report_checks_its_inputs_once_and_computes_each_map_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    kornia = pytest.importorskip("kornia.metrics")
+    maps: list[int] = []
+    monkeypatch.setattr(kornia, "ssim", lambda *given, ssim=kornia.ssim, **more: maps.append(1) or ssim(*given, **more))
+    with counted() as calls:
+        edit_report(*example())
+    assert calls == {"check_image": 2, "check_same_size": 1, "check_mask": 1, "match_batch": 2}
+    assert len(maps) == 1
 
 
 def test_the_report_table_lines_up() -> None:
@@ -171,7 +182,7 @@ def test_the_json_is_valid_for_empty_and_full_masks_and_identical_pictures(value
 
 def test_report_errors() -> None:
     edited, source, mask = example()
-    with pytest.raises(InvalidImage, match=r"edited image: got.*Split Image with Alpha"):
+    with pytest.raises(InvalidImage, match=r"edited image: got.*RGBA"):
         edit_report(torch.rand(2, 32, 32, 4), source, mask)
     with pytest.raises(InvalidImage, match=r"mask: got.*Resize"):
         edit_report(edited, source, mask[:, :16])
@@ -214,7 +225,7 @@ def test_missing_lpips_weights_are_named_and_not_downloaded(
     pytest.importorskip("lpips")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(InvalidFile) as caught:
-        edit_report(*example(), lpips=True)
+        load_lpips()
     text = str(caught.value)
     assert "'alexnet-owt-7be5be79.pth'" in text and str(tmp_path / "checkpoints") in text
     assert "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth" in text and "turn LPIPS off" in text
@@ -272,8 +283,8 @@ def test_lpips_scores_and_regions(no_network: None, backbone_file: Path) -> None
     with pytest.raises(InvalidImage, match="at least 32x32"):
         lpips_distance(edited[:, :16], source[:, :16], model)
 
-    report = edit_report(edited, source, mask, lpips=True, lpips_path=backbone_file)
+    report = edit_report(edited, source, mask, lpips=model)
     assert report.images[0].overall.lpips == pytest.approx(whole[0].item())
     assert report.images[0].outside.lpips == 0 and "LPIPS" in report.text()
     full = edit_report(edited, source, torch.ones_like(mask), lpips=model)
-    assert full.outside.lpips is None
+    assert full.mean.outside.lpips is None

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from retrace.core.errors import InvalidFile, InvalidImage
-from retrace.pictures.files import read_image, read_mask, to_picture, write_whole
+from retrace.pictures.convert import to_picture
+from retrace.pictures.files import read_image, read_mask, write_whole
 
 
 def test_pictures_survive_the_round_trip(photo: Path, tmp_path: Path) -> None:

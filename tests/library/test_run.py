@@ -14,7 +14,8 @@ import torch
 from PIL import ImageFont
 
 from retrace.blending.paste import paste_background
-from retrace.cli.main import example_job, working_size
+from retrace.cli.edit import EditPrompts, EditSettings
+from retrace.cli.main import Job, _unused_card, example_job, pasted, working_size
 from retrace.cli.terminal import Terminal
 from retrace.pictures.contact_sheet import _wrapped
 from retrace.pictures.fonts import drawable, font_for, missing
@@ -200,11 +201,11 @@ def test_bad_files_are_one_line_and_2(
     assert not output.exists()
 
 
-def test_an_own_picture_needs_mask_and_words(photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_own_image_needs_mask_and_words(photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert standalone("demo", str(photo)) == 2
-    assert "--mask is needed" in capsys.readouterr().err
+    assert "needs --mask" in capsys.readouterr().err
     assert standalone("demo", "--prompt", "a cat") == 2
-    assert "belong to a picture of your own" in capsys.readouterr().err
+    assert "go with an image of your own" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -237,8 +238,6 @@ def test_running_out_of_memory_is_one_line_and_2(
 
 
 def test_an_nvidia_card_that_torch_cannot_use_is_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:
-    from retrace.cli.main import _unused_card
-
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(torch.version, "cuda", None)
     assert _unused_card(torch.device("cpu")) and not _unused_card(torch.device("mps"))
@@ -247,15 +246,11 @@ def test_an_nvidia_card_that_torch_cannot_use_is_mentioned(monkeypatch: pytest.M
 
 
 def test_another_size_is_pasted_and_feathered_once() -> None:
-    from retrace.cli.edit import EditSettings
-    from retrace.cli.main import Job, _pasted
-
     mask = torch.zeros(1, 64, 64)
     mask[:, 16:48, 16:48] = 1
-    job = Job(torch.zeros(1, 64, 64, 3), mask, "", "", EditSettings(feather=3.0), Path("unused"))
-    painted = torch.ones(1, 32, 32, 3)  # what the model drew; the pasted one is nothing but black here
-    pasted = _pasted(torch.zeros(1, 32, 32, 3), painted, job, (32, 32))
-    assert torch.equal(pasted, paste_background(torch.ones(1, 64, 64, 3), job.image, mask, 6.0))
+    job = Job(torch.zeros(1, 64, 64, 3), mask, EditPrompts("", ""), EditSettings(feather=3.0), Path("unused"))
+    expected = paste_background(torch.ones(1, 64, 64, 3), job.image, mask, 6.0)
+    assert torch.equal(pasted(torch.ones(1, 32, 32, 3), job), expected)
 
 
 # -- what the user sees
@@ -319,7 +314,7 @@ def test_long_words_are_broken() -> None:
 
 def test_the_example_is_a_red_circle_that_becomes_a_blue_square() -> None:
     job = example_job(Path("unused"))
-    assert "red circle" in job.source_prompt and "blue square" in job.prompt
+    assert "red circle" in str(job.prompts.source) and "blue square" in job.prompts.target
     assert job.image.shape == (1, 128, 128, 3) and job.mask.shape == (1, 128, 128)
     assert 0.02 < float(job.mask.mean()) < 0.4
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...blending.decoder import Progress
 from ...core.errors import InvalidImage, UnsupportedModel
-from ...pictures.files import to_picture
+from ...pictures.convert import to_picture
 from ..common.private_decoder import private_decoder
 from . import plain
 from .compat import free_of_patches, runtime_state

@@ -13,6 +13,9 @@ Clip: TypeAlias = Any
 Vae: TypeAlias = Any
 """What a VAE socket holds: a ``comfy.sd.VAE``."""
 
+ClipVision: TypeAlias = Any
+"""What a CLIP_VISION socket holds: a ``comfy.clip_vision.ClipVisionModel``."""
+
 ConditioningList: TypeAlias = list[list[Any]]
 """What a CONDITIONING socket holds: pairs of token embeddings ``[B, T, D]`` and a dict of options."""
 

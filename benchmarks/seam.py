@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.checks import check_image, check_mask, match_batch
+from retrace.core.checks import check_image, check_mask, match_batch
 
 
 def border_gradient(image: Tensor, mask: Tensor) -> Tensor:
