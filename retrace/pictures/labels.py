@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from .convert import INK, PAPER, to_tensor
 from .fonts import drawable, font_for
-
-_PAPER, _INK = (24, 24, 26), (250, 250, 248)
 
 
 def with_labels(images: Tensor, labels: Sequence[str]) -> Tensor:
@@ -20,7 +18,7 @@ def with_labels(images: Tensor, labels: Sequence[str]) -> Tensor:
     font = font_for("".join(labels), round(0.7 * height))
     strips = []
     for label in labels:
-        strip = Image.new("RGB", (images.shape[2], height), _PAPER)
-        ImageDraw.Draw(strip).text((4, 0.1 * height), drawable(label, font), _INK, font)
-        strips.append(torch.from_numpy(np.asarray(strip).copy()).float() / 255)
+        strip = Image.new("RGB", (images.shape[2], height), INK)
+        ImageDraw.Draw(strip).text((4, 0.1 * height), drawable(label, font), PAPER, font)
+        strips.append(to_tensor(strip))
     return torch.cat([images.float().cpu(), torch.stack(strips)], dim=1)

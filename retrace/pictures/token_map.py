@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..core.prompt import Prompt
 from ..prompt_to_prompt.control import PromptToPrompt, Target
+from .convert import INK, LINE, PAPER, to_tensor
 from .fonts import Font, drawable, font_for
 
 _CELL, _TEXT, _MARGIN = 32, 16, 12
-_PAPER, _INK, _LINE, _TAKEN, _NEW = (250, 250, 248), (24, 24, 26), (205, 205, 203), (31, 95, 168), (232, 160, 60)
+_TAKEN, _NEW = (31, 95, 168), (232, 160, 60)
 
 
 def token_pictures(edit: PromptToPrompt) -> Tensor:
@@ -25,9 +25,9 @@ def token_pictures(edit: PromptToPrompt) -> Tensor:
     width, height = (max(picture.size[axis] for picture in pictures) for axis in (0, 1))
     sheets = []
     for picture in pictures:
-        sheet = Image.new("RGB", (width, height), _PAPER)
+        sheet = Image.new("RGB", (width, height), PAPER)
         sheet.paste(picture, (0, 0))
-        sheets.append(torch.from_numpy(np.array(sheet)).float() / 255)
+        sheets.append(to_tensor(sheet))
     return torch.stack(sheets)
 
 
@@ -37,7 +37,7 @@ def _table(source: Prompt, target: Target) -> Image.Image:
     widest = [max((_label(text, font).width for text, _ in side), default=0) for side in (rows, columns)]
     left, top = (_MARGIN + width + 8 for width in widest)
     size = (left + _CELL * len(columns) + _MARGIN, top + _CELL * len(rows) + _MARGIN)
-    picture = Image.new("RGB", size, _PAPER)
+    picture = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(picture)
     for i, (text, _) in enumerate(rows):
         label = _label(text, font)
@@ -50,7 +50,7 @@ def _table(source: Prompt, target: Target) -> Image.Image:
             share = float(target.tokens.mapper[giver, place]) * taken
             corner = (left + j * _CELL, top + i * _CELL)
             box = (*corner, corner[0] + _CELL, corner[1] + _CELL)
-            draw.rectangle(box, fill=_mix(_TAKEN, share) if taken else _NEW, outline=_LINE)
+            draw.rectangle(box, fill=_mix(_TAKEN, share) if taken else _NEW, outline=LINE)
     return picture
 
 
@@ -62,10 +62,10 @@ def _tokens(prompt: Prompt) -> list[tuple[str, int]]:
 def _label(text: str, font: Font) -> Image.Image:
     text = drawable(text, font)
     left, top, right, bottom = font.getbbox(text)
-    label = Image.new("RGB", (max(1, round(right - left)), max(1, round(bottom - top))), _PAPER)
-    ImageDraw.Draw(label).text((-left, -top), text, fill=_INK, font=font)
+    label = Image.new("RGB", (max(1, round(right - left)), max(1, round(bottom - top))), PAPER)
+    ImageDraw.Draw(label).text((-left, -top), text, fill=INK, font=font)
     return label
 
 
 def _mix(colour: tuple[int, int, int], share: float) -> tuple[int, ...]:
-    return tuple(round(paper + share * (ink - paper)) for paper, ink in zip(_PAPER, colour, strict=True))
+    return tuple(round(paper + share * (ink - paper)) for paper, ink in zip(PAPER, colour, strict=True))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...core.checks import describe
 from ...core.errors import InvalidImage, UnsupportedModel, require
+from ...core.images import resize
 from ..pebble.clip import MEAN, STD, load_clip
 from .files import SUFFIXES, fill, find_weights, read_weights
 
@@ -106,9 +107,7 @@ class ImageTextModel:
         """
         if images.ndim != 4 or images.shape[-1] != 3:
             raise InvalidImage(f"image: got {describe(images)}, but an image batch [B, H, W, 3] is needed.")
-        pixels = images.to(self.device, torch.float32).movedim(-1, 1)
-        if tuple(pixels.shape[2:]) != self.size:
-            pixels = F.interpolate(pixels, self.size, mode="bicubic", antialias=True)
+        pixels = resize(images.to(self.device, torch.float32), self.size).movedim(-1, 1)
         return self._normalised(pixels.clamp(0, 1))
 
     def _normalised(self, pixels: Tensor) -> Tensor:
