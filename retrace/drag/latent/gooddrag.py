@@ -7,7 +7,6 @@ one of the change before; so features cannot drift.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
@@ -69,11 +68,11 @@ def good_drag(task: DragTask, x: Tensor, sigmas: Tensor, options: GoodDragOption
     """
     check_single(x)
     most = levels_of(len(sigmas) - 1, options)
-    started, before = time.perf_counter(), task.model.evaluations
+    trace = Trace(task.model.evaluations)
     x = x.to(task.model.device, torch.float32)
     levels = [float(s) for s in sigmas.tolist()]
     untouched = _Untouched(task, x, levels)
-    turns = _Turns(task, options, options.limit or most * options.rounds * options.changes)
+    turns = _Turns(task, trace, options, options.limit or most * options.rounds * options.changes)
     z, handles = task.unit(x, levels[0]), task.handles
     level = 0
     while level < most and not turns.finished:
@@ -87,20 +86,13 @@ def good_drag(task: DragTask, x: Tensor, sigmas: Tensor, options: GoodDragOption
         look = task.look(z, levels[level], levels[level + 1])
         handles = turns.found(look, task.templates(untouched.look(level).features), handles)
     reference = task.noisy(untouched.z[level], levels[level])
-    return Dragged(
+    return Dragged.at_end(
+        task,
+        trace,
         reference=reference,
-        edited=reference + task.noisy(z - untouched.z[level], levels[level]),  # the same bits where nothing changed
+        moved=task.noisy(z - untouched.z[level], levels[level]),
         sigmas=sigmas[level:],
-        path=torch.stack(turns.trace.path),
-        distances=(task.targets - handles).norm(dim=1),
-        grid=task.grid,
-        losses=turns.trace.losses,
-        changes=turns.done,
-        evaluations=task.model.evaluations - before,
-        backwards=turns.trace.backwards,
-        seconds=time.perf_counter() - started,
         stop_radius=options.stop_radius,
-        recompute=task.recompute,
     )
 
 
@@ -141,9 +133,8 @@ class _Untouched:
 class _Turns:
     """The changes of all levels; it remembers when to give up."""
 
-    def __init__(self, task: DragTask, options: GoodDragOptions, most: int) -> None:
-        self.task, self.options, self.most = task, options, most
-        self.trace = Trace()
+    def __init__(self, task: DragTask, trace: Trace, options: GoodDragOptions, most: int) -> None:
+        self.task, self.trace, self.options, self.most = task, trace, options, most
         self.done = 0
         self.still = 0
         self.finished = False

@@ -53,6 +53,27 @@ class Dragged:
     stop_radius: float
     recompute: bool
 
+    @classmethod
+    def at_end(
+        cls, task: DragTask, trace: Trace, *, reference: Tensor, moved: Tensor, sigmas: Tensor, stop_radius: float
+    ) -> Dragged:
+        """A drag that is over; the edit is ``reference + moved``, the same bits where nothing moved."""
+        return cls(
+            reference=reference,
+            edited=reference + moved,
+            sigmas=sigmas,
+            path=torch.stack(trace.path),
+            distances=(task.targets - trace.path[-1]).norm(dim=1),
+            grid=task.grid,
+            losses=trace.losses,
+            changes=len(trace.losses),
+            evaluations=task.model.evaluations - trace.evaluations,
+            backwards=trace.backwards,
+            seconds=time.perf_counter() - trace.started,
+            stop_radius=stop_radius,
+            recompute=task.recompute,
+        )
+
     @property
     def arrived(self) -> int:
         """How many points came nearer to their target than the stop radius."""
@@ -70,7 +91,7 @@ def drag(task: DragTask, x: Tensor, sigmas: Tensor, options: DragOptions) -> Dra
         RetraceError: NaN from the model.
     """
     check_single(x)
-    started, before, trace = time.perf_counter(), task.model.evaluations, Trace()
+    trace = Trace(task.model.evaluations)
     sigma, sigma_next = float(sigmas[0]), float(sigmas[1])
     x = x.to(task.model.device, torch.float32)
     changes = Changes(task, trace, task.unit(x, sigma), options.learning_rate)
@@ -102,18 +123,5 @@ def drag(task: DragTask, x: Tensor, sigmas: Tensor, options: DragOptions) -> Dra
         last = task.look(z, sigma, sigma_next)
         handles = track(last.features, templates, handles, options.search_radius)
         trace.path.append(handles)
-    return Dragged(
-        reference=x,
-        edited=x + task.noisy(z - changes.held, sigma),  # where nothing changed, that is x to the bit
-        sigmas=sigmas,
-        path=torch.stack(trace.path),
-        distances=(task.targets - handles).norm(dim=1),
-        grid=task.grid,
-        losses=trace.losses,
-        changes=done,
-        evaluations=task.model.evaluations - before,
-        backwards=trace.backwards,
-        seconds=time.perf_counter() - started,
-        stop_radius=options.stop_radius,
-        recompute=task.recompute,
-    )
+    moved = task.noisy(z - changes.held, sigma)
+    return Dragged.at_end(task, trace, reference=x, moved=moved, sigmas=sigmas, stop_radius=options.stop_radius)

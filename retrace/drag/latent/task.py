@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -32,8 +33,13 @@ class Look:
 
 @dataclass
 class Trace:
-    """What happened on the way: where the points were found, the losses, and how many backward passes there were."""
+    """What happened on the way: where the points were found, the loss of every change, the backward passes.
 
+    ``evaluations`` is where the model's count stood at the beginning.
+    """
+
+    evaluations: int = 0
+    started: float = field(default_factory=time.perf_counter)
     path: list[Tensor] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     backwards: int = 0
