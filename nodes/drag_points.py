@@ -1,20 +1,19 @@
-"""Drag Points: where a picture shall move, placed on it with the mouse."""
+"""Drag Points: what moves in an image and where to, placed on it with the mouse."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from comfy_api.latest import io, ui
 
 from ..retrace.core.checks import check_image, describe
 from ..retrace.core.errors import InvalidImage, InvalidPoints
-from ..retrace.drag.points import EXAMPLE, DragPoints, movable_area, parse_points
+from ..retrace.drag.area import movable_area
+from ..retrace.drag.points import EXAMPLE, DragPoints, parse_points
 from ._errors import reports_errors
 from ._schema import Points, schema
 
 PICTURE = "retrace_picture"
-"""Where the widget finds the picture in the node's result: a key of its own, so that core does not draw it as well."""
+"""Where the widget finds the image in the node's result: a key of its own, so that core does not draw it again."""
 
 
 class DragPointsNode(io.ComfyNode):
@@ -86,14 +85,14 @@ class DragPointsNode(io.ComfyNode):
                 )
             area = movable_area(strokes, picture.shape[1], picture.shape[2], mask)
         except InvalidPoints:
-            if cls.hidden:  # without the picture nobody could place the points that are missing
+            if cls.hidden:  # without the image nobody could place the points that are missing
                 _show(cls.hidden.unique_id, shown)
             raise
         return io.NodeOutput(DragPoints(pairs, picture), area, picture, ui={PICTURE: shown})
 
 
-def _show(node_id: Any, shown: list[Any]) -> None:
-    """Give the picture to the widget of a node that fails: it has no result to carry it."""
+def _show(node_id: object, shown: list[object]) -> None:
+    """Give the image to the widget of a node that fails: it has no result to carry it."""
     from server import PromptServer
 
     server = getattr(PromptServer, "instance", None)

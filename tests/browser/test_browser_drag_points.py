@@ -13,7 +13,8 @@ from drag_points_person import ANOTHER_SOURCE, BUILD, HEIGHT, NODES, READY, WIDT
 from PIL import Image, ImageDraw
 
 from retrace.core.errors import InvalidPoints
-from retrace.drag.points import movable_area, parse_points
+from retrace.drag.area import movable_area
+from retrace.drag.points import parse_points
 from tools.comfyui.server import ComfyServer
 
 BAR = 32  # the width of the mask, in pixels

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from retrace.drag.points import movable_area, parse_points
+from retrace.drag.area import movable_area
+from retrace.drag.points import parse_points
 from tools.comfyui.server import ComfyServer, RunResult
 
 SIZE = (48, 80)  # height, width
@@ -77,8 +78,8 @@ def test_an_empty_mask_of_any_size_is_none(server: ComfyServer) -> None:
     [
         ("", ["there are no points", "press on what should move"]),
         ({"points": [], "strokes": [DAB]}, ["there are no points"]),
-        ("{oops", ["no JSON", "should look like"]),
-        ([[100, 20, 200, 20]], ["pair 1, handle", "Divide pixels"]),
+        ("{oops", ["not valid JSON", "should look like"]),
+        ([[100, 20, 200, 20]], ["pair 1, handle", "divide pixels"]),
         ({"points": [PAIR], "strokes": [{**DAB, "radius": 1, "erase": True}]}, ["all of it was erased"]),
     ],
 )

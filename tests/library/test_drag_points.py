@@ -9,15 +9,8 @@ import pytest
 import torch
 
 from retrace.core.errors import InvalidImage, InvalidPoints
-from retrace.drag.points import (
-    MOST_POINTS,
-    DragPoints,
-    PointPair,
-    Stroke,
-    movable_area,
-    paint_strokes,
-    parse_points,
-)
+from retrace.drag.area import movable_area, paint_strokes
+from retrace.drag.points import MOST_POINTS, DragPoints, PointPair, Stroke, parse_points
 
 PAIR = PointPair((0.25, 0.5), (0.75, 0.125))
 
@@ -52,25 +45,31 @@ def test_strokes_keep_their_order_and_kind() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("nonsense", ["no JSON", "should look like"]),
-        ("[" * 100_000, ["no JSON"]),
-        ("3", ["got 3", "should look like"]),
+        ("nonsense", ["not valid JSON", "should look like"]),
+        ("[" * 100_000, ["not valid JSON"]),
+        ("3", ["it is 3", "should look like"]),
         ('{"points": 5}', ["must be lists"]),
         ('{"points": null}', ["must be lists"]),
-        ('[{"handle": [0.5, 0.5]}]', ["pair 1", "no 'target'"]),
+        ('[{"handle": [0.5, 0.5]}]', ["pair 1", 'no "target"']),
         ('[{"handle": [0.5, 0.5], "target": [0.5]}]', ["pair 1, target", "two numbers"]),
         ('[[0, 0, 1, 1], [[0.5, "x"], [0, 0]]]', ["pair 2, handle", "two numbers"]),
         ("[[0.5, true, 0, 0]]", ["two numbers"]),
         ("[[0.5, NaN, 0, 0]]", ["two numbers"]),
-        ("[[120, 80, 200, 80]]", ["0..1", "Divide pixels"]),
-        ("[[0.5, -Infinity, 0, 0]]", ["0..1"]),
-        (f"[[0.5, 1{'0' * 400}, 0, 0]]", ["0..1"]),
-        ("[[0.5, 0.5]]", ["pair 1, handle", "got 0.5"]),
-        ("[[0.5, 0.5, 0.5]]", ["pair 1 is"]),
-        (json.dumps([[0, 0, 1, 1]] * (MOST_POINTS + 1)), [f"{MOST_POINTS + 1} pairs", f"at most {MOST_POINTS}"]),
-        ('{"strokes": [{"points": [], "radius": 0.1}]}', ["stroke 1", "should look like"]),
-        ('{"strokes": [{"points": [[0, 0]], "radius": 0}]}', ["stroke 1", "radius is 0"]),
-        ('{"strokes": [{"points": [[0, 2]], "radius": 0.1}]}', ["stroke 1, point 1", "0..1"]),
+        ("[[120, 80, 200, 80]]", ["between 0 and 1", "divide pixels"]),
+        ("[[0.5, -Infinity, 0, 0]]", ["between 0 and 1"]),
+        (f"[[0.5, 1{'0' * 400}, 0, 0]]", ["between 0 and 1"]),
+        ("[[0.5, 0.5]]", ["pair 1, handle", "it is 0.5"]),
+        ("[[0.5, 0.5, 0.5]]", ["pair 1 is not a pair of points"]),
+        (
+            json.dumps([[0, 0, 1, 1]] * (MOST_POINTS + 1)),
+            [f"{MOST_POINTS + 1} pairs are too many", f"limit is {MOST_POINTS}"],
+        ),
+        ('{"strokes": [{"points": [], "radius": 0.1}]}', ["stroke 1 has no points", "should look like"]),
+        (
+            '{"strokes": [{"points": [[0, 0]], "radius": 0}]}',
+            ["stroke 1", "fraction of the width, 0 to 1, but it is 0"],
+        ),
+        ('{"strokes": [{"points": [[0, 2]], "radius": 0.1}]}', ["stroke 1, point 1", "between 0 and 1"]),
     ],
 )
 def test_what_is_wrong_is_said(text: str, words: list[str]) -> None:
@@ -81,8 +80,8 @@ def test_what_is_wrong_is_said(text: str, words: list[str]) -> None:
 
 
 def test_something_else_than_text_is_named() -> None:
-    with pytest.raises(InvalidPoints, match=r"got a dict .* a text is needed"):
-        parse_points({"points": []})  # type: ignore[arg-type]
+    with pytest.raises(InvalidPoints, match=r"got a dict .* text is needed"):
+        parse_points({"points": []})
 
 
 def test_points_on_a_grid_are_row_and_column_rounded_and_never_beyond_the_last_cell() -> None:
@@ -146,7 +145,7 @@ def test_the_area_is_the_mask_with_the_strokes_on_it() -> None:
 def test_a_mask_that_cannot_be_meant_is_refused() -> None:
     with pytest.raises(InvalidImage, match="30x20 is needed"):
         movable_area((), 20, 30, torch.ones(1, 64, 64))
-    with pytest.raises(InvalidImage, match="one mask for one picture"):
+    with pytest.raises(InvalidImage, match="one mask for one image"):
         movable_area((), 20, 30, torch.ones(2, 20, 30))
     with pytest.raises(InvalidPoints, match="all of it was erased"):
         movable_area([Stroke(((0.5, 0.5),), 1.0, erase=True)], 20, 30)
