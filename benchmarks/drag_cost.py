@@ -9,12 +9,16 @@ KV Control. The table shows seconds of one of them, from the second on, and the 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .large_models import Peak, arguments, build, conditions, use_comfyui
 from .results import Section, Table, machine
+
+if TYPE_CHECKING:
+    from retrace.core.host import Conditioning, Denoiser
+    from retrace.drag.latent.result import Dragged
 
 SECTION = Section(
     "drag_cost",
@@ -31,7 +35,9 @@ def main() -> None:
     import torch
 
     from retrace.attention.identity_lora import LoraTraining
-    from retrace.drag.latent.edit import DragSettings, drag_points
+    from retrace.drag.latent.edit import drag_points
+    from retrace.drag.latent.settings import DragSettings
+    from retrace.drag.latent.task import DragSource
     from retrace.drag.points import DragPoints, PointPair
     from retrace.hosts.comfyui import ComfyHost
     from retrace.hosts.comfyui.patches.reference_kv import patch_reference_kv
@@ -46,17 +52,17 @@ def main() -> None:
     half = torch.zeros(1, args.size, args.size)
     half[:, args.size // 4 :, :] = 1
     sigmas = torch.tensor([4.0, 3.5, 3.0])
-    # Parity: no look more than there are changes.
-    usual = DragSettings(changes=args.steps, parity=True, recompute=False)
+    # As many looks as changes, all of them through the whole network.
+    usual = DragSettings(changes=args.steps, look_at_end=False, cut=False, cells="sampled", recompute=False)
     ticks: list[float] = []
 
-    def tick(*_: Any) -> None:
+    def tick(*_: object) -> None:
         ticks.append(time.perf_counter())
 
     def drag(settings: DragSettings) -> None:
-        def method(denoiser: Any, x: Any, conds: Any) -> Any:
-            target = (points, half, settings)
-            return drag_points(denoiser, x, sigmas, conds["words"], *target, inversion=None, callback=tick)
+        def method(denoiser: Denoiser, x: torch.Tensor, conds: Mapping[str, Conditioning]) -> Dragged:
+            source = DragSource(x, sigmas, conds["words"], noisy=True)
+            return drag_points(denoiser, source, points, half, settings, tick)
 
         host.run(picture * 4, {"words": words}, method, gradients=True)
 

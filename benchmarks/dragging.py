@@ -23,19 +23,20 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from retrace.attention.identity_lora import LoraTraining, train
+from retrace.attention.identity_lora import IdentityLora, LoraTraining, train
 from retrace.attention.reference_kv import ReferenceKV
 from retrace.blending.paste import paste_background
-from retrace.core.host import LowRank
+from retrace.core.host import Conditioning, Denoiser, LowRank
 from retrace.core.sampling import sample_ddim
 from retrace.core.schedule import reference_sigmas, truncate
-from retrace.drag.latent.edit import DragSettings, drag_points
+from retrace.drag.latent.edit import drag_points
+from retrace.drag.latent.settings import DragSettings
+from retrace.drag.latent.task import DragSource
 from retrace.drag.points import DragPoints, PointPair
 from retrace.drag.warp.apply import warp_by_points
 from retrace.hosts.diffusers import DiffusersHost
@@ -180,9 +181,10 @@ def drag(host: DiffusersHost, job: Task, recipe: Recipe, lora: Mapping[str, LowR
     sigmas = truncate(grid, recipe.strength)
     started = time.perf_counter()
 
-    def work(model: Any, latent: Tensor, conds: Any) -> tuple[Tensor, int, int]:
+    def work(model: Denoiser, latent: Tensor, conds: Mapping[str, Conditioning]) -> tuple[Tensor, int, int]:
         with model.adapters(lora) if lora is not None else nullcontext():
-            made = drag_points(model, latent, sigmas, conds["words"], job.points, job.mask, recipe.settings)
+            source = DragSource(latent, sigmas, conds["words"])
+            made = drag_points(model, source, job.points, job.mask, recipe.settings)
             control = ReferenceKV(KV_LAYER)
             with model.attention(control) if recipe.control else nullcontext():
                 both = sample_ddim(model, torch.cat([made.reference, made.edited]), made.sigmas, conds["words"])
@@ -221,7 +223,7 @@ def learn(host: DiffusersHost, job: Task, training: LoraTraining) -> tuple[dict[
     """The LoRA of a scene, and how long it took."""
     conds = {"words": host.encode_text(job.scene.caption())}
 
-    def work(model: Any, latent: Tensor, prepared: Any) -> Any:
+    def work(model: Denoiser, latent: Tensor, prepared: Mapping[str, Conditioning]) -> IdentityLora:
         return train(model, latent, prepared["words"], host.training_sigmas(), training)
 
     learned = host.run(host.encode_image(job.points.picture), conds, work, gradients=True)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from comfy_api.latest import io, ui
 
-from ..retrace.core.checks import check_latent, check_mask
-from ..retrace.core.errors import RetraceError
-from ..retrace.core.schedule import check_sigmas
-from ..retrace.drag.latent.edit import DragSettings
+from ..retrace.core.errors import InvalidInput
+from ..retrace.drag.latent.settings import DragSettings
 from ._checks import latent_samples, require_points, require_trajectory
 from ._errors import reports_errors
 from ._memory import PeakMemory
 from ._progress import progress_text
 from ._schema import SAVE_MEMORY, Points, Trajectory, advanced, save_memory_input, scheduler_input, schema, sigmas_input
+
+if TYPE_CHECKING:
+    from ..retrace.drag.latent.settings import Mode
+    from ..retrace.drag.latent.task import Callback
+    from ..retrace.hosts.comfyui.types import ConditioningList, Latent, Model
+    from ..retrace.inversion.invert import Method
 
 BLOCKS = ("auto", "mid.0", "up.0", "up.1", "up.2", "up.3")
 
@@ -196,13 +201,13 @@ class DragLatentOptimizer(io.ComfyNode):
     @reports_errors("Drag Latent Optimizer")
     def execute(
         cls,
-        model: Any,
-        positive: Any,
-        points: Any,
+        model: Model,
+        positive: ConditioningList,
+        points: object,
         steps: int,
         scheduler: str,
         strength: float,
-        mode: str,
+        mode: Mode,
         mask_mode: str,
         changes: int,
         learning_rate: float,
@@ -211,28 +216,26 @@ class DragLatentOptimizer(io.ComfyNode):
         patch_radius: int,
         search_radius: int,
         feature_block: str,
-        inversion: str,
+        inversion: Method,
         latent_is: str,
         cfg: float,
         save_memory: str,
         parity: bool,
-        latent: dict[str, Any] | None = None,
+        latent: Latent | None = None,
         mask: torch.Tensor | None = None,
-        trajectory: Any = None,
-        negative: Any = None,
+        trajectory: object = None,
+        negative: ConditioningList | None = None,
         sigmas: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         from ..retrace.hosts.comfyui import ComfyHost
-        from ..retrace.hosts.comfyui.runs.drag import drag_latent
-        from ..retrace.pictures.drag_paths import draw_paths
+        from ..retrace.hosts.comfyui.runs.drag import Start, Words, drag_latent, reference_levels
+        from ..retrace.pictures.drag_paths import draw_drag
 
-        points = require_points(points)
+        placed = require_points(points)
         host = ComfyHost(model)
-        samples = None if latent is None else check_latent("latent", latent_samples(latent), host.latent_channels)
-        area = _area(mask, latent)
-        if trajectory is not None and sigmas is not None:
-            raise RetraceError("sigmas: a trajectory brings its own noise levels. Disconnect one of the two.")
-        settings = DragSettings(
+        preset = DragSettings.reference() if parity else DragSettings(inversion=inversion)
+        settings = replace(
+            preset,
             mode=mode,
             changes=changes or None,
             learning_rate=learning_rate or None,
@@ -243,51 +246,41 @@ class DragLatentOptimizer(io.ComfyNode):
             hard_mask=mask_mode == "hard",
             block=feature_block,
             recompute=SAVE_MEMORY[save_memory],
-            parity=parity,
         )
+        words = Words(positive, negative, cfg)
+        if trajectory is not None:
+            if sigmas is not None:
+                raise InvalidInput("sigmas: a trajectory brings its own noise levels. Disconnect one of the two.")
+            start = Start.of_trajectory(host, require_trajectory(trajectory), strength)
+        elif latent is None:
+            raise InvalidInput("there is nothing to drag. Connect a LATENT from 'VAE Encode', or a trajectory.")
+        else:
+            given = host.sigmas(scheduler, steps) if sigmas is None else sigmas
+            begin = Start.of_noisy if latent_is == "noisy" else Start.of_image
+            start = begin(host, latent_samples(latent), reference_levels(host, steps) if parity else given, strength)
         memory = PeakMemory()
-        outcome = drag_latent(
-            host,
-            samples,
-            positive,
-            points,
-            area,
-            host.sigmas(scheduler, steps) if sigmas is None else check_sigmas(sigmas),
-            steps,
-            strength,
-            settings,
-            source="noisy" if latent_is == "noisy" else "picture",
-            trajectory=None if trajectory is None else require_trajectory(trajectory),
-            negative=negative,
-            cfg=cfg,
-            inversion="ddim" if inversion == "ddim" else "fixed_point",
-            callback=_progress(cls.hidden, points.size[1]),
-        )
-        report = outcome.report(settings, area, memory.megabytes())
-        drawn = area if area is not None and area.shape[1:] == points.size else None
-        picture = draw_paths(points.picture, outcome.path(), [pair.target for pair in points.pairs], drawn)
+        area = noise_mask(latent) if mask is None else mask
+        outcome = drag_latent(host, start, words, placed, area, settings, _progress(cls.hidden, placed.size[1]))
+        dragged = outcome.dragged
+        report = dragged.text(memory.megabytes())
+        picture = draw_drag(dragged)
         return io.NodeOutput(
             {"samples": outcome.samples},
-            outcome.dragged.sigmas.clone(),  # core's uni_pc writes into the sigmas that it is given
+            dragged.sigmas.clone(),  # core's uni_pc writes into the sigmas that it is given
             report,
-            outcome.path_text(),
+            dragged.json(),
             picture,
             ui={**ui.PreviewImage(picture, cls=cls).as_dict(), **ui.PreviewText(report).as_dict()},
         )
 
 
-def _area(mask: torch.Tensor | None, latent: dict[str, Any] | None) -> torch.Tensor | None:
-    """Where the picture may change ``[1, H, W]``: the mask, or what 'Set Latent Noise Mask' has put on the latent."""
-    if mask is None and latent is not None and latent.get("noise_mask") is not None:
-        noise_mask = latent["noise_mask"]
-        mask = noise_mask.reshape(-1, *noise_mask.shape[-2:])
-    if mask is None:
-        return None
-    area = check_mask("mask", mask, allow_empty=True)
-    return area if bool(area.any()) else None
+def noise_mask(latent: object) -> torch.Tensor | None:
+    """What 'Set Latent Noise Mask' has put on a LATENT, as a mask ``[B, H, W]``."""
+    found = latent.get("noise_mask") if isinstance(latent, dict) else None
+    return found.reshape(-1, *found.shape[-2:]) if isinstance(found, torch.Tensor) else None
 
 
-def _progress(hidden: Any, width: int) -> Any:
+def _progress(hidden: object, width: int) -> Callback:
     """Shows on the node how far the points still have to go, while it runs."""
     write = progress_text(hidden)
 

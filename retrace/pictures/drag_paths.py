@@ -1,4 +1,4 @@
-"""The ways of dragged points, drawn on the picture."""
+"""The ways of dragged points, drawn on the image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_image, check_mask
-from ..core.errors import RetraceError
+from ..core.errors import InvalidPoints
+from ..drag.latent.result import Dragged
 from ..drag.points import Point
 from .fonts import font_for
 
@@ -23,8 +24,18 @@ HANDLE, TARGET, WAY = (225, 32, 40), (30, 90, 245), (255, 214, 10)
 _RIM, _INK = (20, 20, 22), (255, 255, 255)
 _DIM = 0.45
 """Brightness of what the mask does not let change."""
-_FINE = 3  # drawn at so many times the size, and averaged
-_LEAST, _MOST = 768, 4096  # pixels of the longer side that is drawn on: a small picture would hide under its dots
+_FINE = 3  # drawn at this many times the size, and averaged
+_LEAST, _MOST = 768, 4096  # pixels of the longer side that is drawn on: a small image would hide under its dots
+
+
+def draw_drag(dragged: Dragged) -> Tensor:
+    """The ways of a drag on the image that its points lie on; see :func:`draw_paths`.
+
+    What the mask does not let change is dimmed, where the mask has the size of the image.
+    """
+    points, mask = dragged.points, dragged.mask
+    shown = mask if mask is not None and tuple(mask.shape[1:]) == points.size else None
+    return draw_paths(points.picture, dragged.ways(), [pair.target for pair in points.pairs], shown)
 
 
 def draw_paths(
@@ -40,22 +51,22 @@ def draw_paths(
         picture: ``[1, H, W, 3]`` in 0..1.
         paths: for each point the places (x, y) in 0..1 that it came by, the handle first.
         targets: where each should go, as many as there are paths, or none.
-        mask: ``[1, H, W]`` in 0..1; the rest of the picture is dimmed.
+        mask: ``[1, H, W]`` in 0..1; the rest of the image is dimmed.
 
     Returns:
-        ``[1, H', W', 3]``: the picture's size, or a whole multiple of it where that is small.
+        ``[1, H', W', 3]``: the image's size, or a whole multiple of it where that is small.
 
     Raises:
-        RetraceError: a path without a place, or another number of targets than of paths.
-        InvalidImage: no picture, or a mask that does not fit.
+        InvalidPoints: a path without a place, or another number of targets than of paths.
+        InvalidImage: not an image, or a mask that does not fit.
     """
     from PIL import Image, ImageDraw
 
-    picture = check_image("picture", picture)[:1]
+    picture = check_image("image", picture)[:1]
     if targets and len(targets) != len(paths):
-        raise RetraceError(f"paths: got {len(paths)} paths and {len(targets)} targets, but one for each is needed.")
+        raise InvalidPoints(f"paths: got {len(paths)} paths and {len(targets)} targets, but one for each is needed.")
     if not all(len(path) for path in paths):
-        raise RetraceError("paths: one of them has no place, but the handle at least is needed.")
+        raise InvalidPoints("paths: one of them has no place, but at least the handle is needed.")
     height, width = picture.shape[1:3]
     if mask is not None:
         area = check_mask("mask", mask, size=(height, width), allow_empty=True)[:1].to(picture)
@@ -65,7 +76,7 @@ def draw_paths(
         picture = picture.repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2)
     fine = max(1, min(_FINE, _MOST // (enlarge * max(height, width))))
     size = (enlarge * width * fine, enlarge * height * fine)
-    # Drawn on a canvas of its own with transparency, so that the picture under it stays as sharp as it is.
+    # Drawn on a canvas of its own with transparency, so that the image under it stays as sharp as it is.
     canvas = Image.new("RGBA", size)
     sheet = _Sheet(ImageDraw.Draw(canvas), *size, max(4 * fine, round(max(size) / 90)))
     for number, path in enumerate(paths):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,12 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retrace.core.errors import InvalidImage, InvalidPoints, InvalidSchedule, RetraceError, UnsupportedModel
+from retrace.core.errors import (
+    InvalidImage,
+    InvalidPoints,
+    InvalidSchedule,
+    InvalidSetting,
+    RetraceError,
+    UnsupportedModel,
+)
 from retrace.core.host import Parametrisation
-from retrace.drag.latent.edit import DragSettings, drag_points, movable
-from retrace.drag.latent.gooddrag import GoodDragOptions, levels_of
-from retrace.drag.latent.optimise import Dragged, DragOptions
-from retrace.drag.latent.task import Changes, DragTask, Trace
+from retrace.drag.area import single_mask
+from retrace.drag.latent.area import sampled_cells, touched_cells
+from retrace.drag.latent.edit import drag_points
+from retrace.drag.latent.result import Dragged
+from retrace.drag.latent.settings import DragOptions, DragSettings, GoodDragOptions, levels_of
+from retrace.drag.latent.task import Changes, DragSource, DragTask, Trace, WholeLook
 from retrace.drag.points import DragPoints, PointPair
 
 pytestmark = pytest.mark.rounding
@@ -89,9 +99,35 @@ def points(*pairs: tuple[tuple[float, float], tuple[float, float]], size: int = 
 RIGHT = points(((0.35, 0.5), (0.6, 0.5)))
 
 
-def run(model: Mirror, where: DragPoints = RIGHT, mask: Tensor | None = None, **settings: Any) -> Dragged:
+def source(x: Tensor, sigmas: Tensor = SIGMAS, cond: float = 1.0, **more: Any) -> DragSource:
+    return DragSource(x, sigmas, cond, **more)  # type: ignore[arg-type]
+
+
+def run_with(
+    model: Mirror, settings: DragSettings, where: DragPoints = RIGHT, mask: Tensor | None = None, **more: Any
+) -> Dragged:
     x = blob(8, 5.5) * 17**0.5  # of unit variance, it is blob(...) itself
-    return drag_points(model, x, SIGMAS, 1.0, where, mask, DragSettings(**settings), inversion=None)  # type: ignore[arg-type]
+    return drag_points(model, source(x, noisy=True, **more), where, mask, settings)  # type: ignore[arg-type]
+
+
+def run(model: Mirror, where: DragPoints = RIGHT, mask: Tensor | None = None, **settings: Any) -> Dragged:
+    return run_with(model, DragSettings(**settings), where, mask)
+
+
+def task_of(x: Tensor, cond: float = 1.0, **more: Any) -> DragTask:
+    """A task on a grid of the latent's own size, from (8, 8) to (8, 12)."""
+    return DragTask(
+        model=Mirror(),  # type: ignore[arg-type]
+        source=source(x, cond=cond, **more),
+        points=RIGHT,
+        mask=None,
+        settings=DragSettings(),
+        handles=torch.tensor([[8.0, 8.0]]),
+        targets=torch.tensor([[8.0, 12.0]]),
+        grid=(x.shape[-2], x.shape[-1]),
+        block="up.0",
+        area=torch.ones(1, 1, *x.shape[-2:]),
+    )
 
 
 def test_a_point_arrives() -> None:
@@ -110,7 +146,7 @@ def test_every_change_is_one_look_and_one_backward_pass() -> None:
     assert (made.changes, made.evaluations, made.backwards, len(made.losses)) == (5, 7, 5, 5)
     assert (len(made.path), model.cut) == (6, 6)
     assert model.reports == [(i, 5, True) for i in range(1, 6)]
-    exact = run(Mirror(), changes=5, parity=True)
+    exact = run_with(Mirror(), replace(DragSettings.reference(), changes=5))
     assert (exact.evaluations, len(exact.path)) == (5, 5)
     torch.testing.assert_close(exact.edited, made.edited)
 
@@ -119,7 +155,7 @@ def test_a_hard_mask_cuts_the_network_and_leaves_the_outside_bit_identical() -> 
     model, mask = Mirror(), torch.zeros(1, 128, 128)
     mask[:, 40:90, 30:100] = 1
     made = run(model, mask=mask, hard_mask=True, changes=6)
-    outside = (movable(mask, 16, 16) == 0).expand(1, 4, 16, 16)
+    outside = (touched_cells(mask, 16, 16) == 0).expand(1, 4, 16, 16)
     assert torch.equal(made.edited[outside], made.reference[outside])
     assert not torch.equal(made.edited, made.reference)
     assert (model.cut, made.evaluations) == (7, 8)  # the whole network runs once, for the preview
@@ -129,7 +165,7 @@ def test_a_hard_mask_cuts_the_network_and_leaves_the_outside_bit_identical() -> 
 def test_a_soft_mask_holds_the_outside() -> None:
     mask = torch.zeros(1, 128, 128)
     mask[:, :, :44] = 1  # the point itself; where it goes is outside
-    outside = (movable(mask, 16, 16) == 0).expand(1, 4, 16, 16)
+    outside = (touched_cells(mask, 16, 16) == 0).expand(1, 4, 16, 16)
     left = [
         float((made.edited - made.reference)[outside].abs().sum())
         for made in (run(Mirror(), mask=mask, mask_weight=w, changes=30) for w in (0.0, 1.0))
@@ -164,8 +200,8 @@ def test_points_anywhere_work(mode: str, pairs: Any) -> None:
 def test_one_pixel_of_a_mask_frees_its_cell() -> None:
     mask = torch.zeros(1, 128, 128)
     mask[0, 65, 47] = 1
-    assert movable(mask, 16, 16).nonzero().tolist() == [[0, 0, 8, 5]]
-    assert movable(mask, 16, 16, parity=True).all()  # as in the reference, it gets lost and is no mask any more
+    assert touched_cells(mask, 16, 16).nonzero().tolist() == [[0, 0, 8, 5]]
+    assert sampled_cells(mask, 16, 16).all()  # as in the reference, it gets lost and is no mask any more
     assert torch.isfinite(run(Mirror(), mask=mask, hard_mask=True, changes=3).edited).all()
 
 
@@ -185,20 +221,16 @@ def test_what_cannot_be_dragged_is_said() -> None:
         run(Mirror(blocks=()))
     with pytest.raises(RetraceError, match=r"up\.7.*mid\.0, up\.0, up\.1"):
         run(Mirror(), block="up.7")
-    with pytest.raises(RetraceError, match="swirl"):
+    with pytest.raises(InvalidSetting, match="swirl"):
         DragSettings(mode="swirl")  # type: ignore[arg-type]
-    with pytest.raises(RetraceError, match=r"patch_radius: got 0.*at least 1.*gooddrag"):
+    with pytest.raises(InvalidSetting, match=r"patch_radius: got 0.*at least 1.*gooddrag"):
         DragSettings(mode="gooddrag", patch_radius=0)
-    with pytest.raises(RetraceError, match="changes: got 0"):
+    with pytest.raises(InvalidSetting, match="changes: got 0"):
         DragSettings(changes=0)
-    with pytest.raises(RetraceError, match="learning_rate: got nan"):
+    with pytest.raises(InvalidSetting, match="learning_rate: got nan"):
         DragSettings(learning_rate=float("nan"))
     with pytest.raises(InvalidImage, match="empty"):
-        drag_points(Mirror(), torch.zeros(1, 4, 16, 16), SIGMAS, 1.0, RIGHT, None, DragSettings(), inversion=None)  # type: ignore[arg-type]
-    with pytest.raises(InvalidSchedule, match="only 1 step"):
-        drag_points(Mirror(), blob(8, 5), SIGMAS[:2], 1.0, RIGHT, None, DragSettings(mode="gooddrag"), inversion=None)  # type: ignore[arg-type]
-    with pytest.raises(InvalidImage, match="batch of 2"):
-        drag_points(Mirror(), blob(8, 5).repeat(2, 1, 1, 1), SIGMAS, 1.0, RIGHT, None, DragSettings(), inversion=None)  # type: ignore[arg-type]
+        drag_points(Mirror(), source(torch.zeros(1, 4, 16, 16)), RIGHT)  # type: ignore[arg-type]
 
 
 def test_gooddrag_drags_and_denoises_in_turns() -> None:
@@ -226,34 +258,22 @@ def test_gooddrag_moves_a_blob() -> None:
 
 
 def test_guidance_weights_the_features_of_both_conditions() -> None:
-    model = Mirror()
-    task = DragTask(
-        model,  # type: ignore[arg-type]
-        2.0,  # type: ignore[arg-type]
-        torch.tensor([[8.0, 8.0]]),
-        torch.tensor([[8.0, 12.0]]),
-        (16, 16),
-        "up.0",
-        torch.ones(1, 1, 16, 16),
-        uncond=1.0,  # type: ignore[arg-type]
-        scale=7.5,
-    )
     x = blob(8, 5.5)
+    task = task_of(x, 2.0, uncond=1.0, scale=7.5)
     look = task.look(x, 0.0, 0.0)
     share = 7.5 / 14
     at = look.features.at(torch.tensor([[8.0, 8.0]]))[0]
-    plain = model._features(x, 1.0)[0, :, 8, 8]
+    plain = Mirror()._features(x, 1.0)[0, :, 8, 8]
     torch.testing.assert_close(at, torch.cat([(1 - share) * plain, share * 2 * plain]))
-    assert look.denoised is not None
+    assert isinstance(look, WholeLook)
     torch.testing.assert_close(look.denoised, x + 7.5 * (2 * x - x))
     cut = replace(task, cut=True).look(x, 0.0, 0.0)
     torch.testing.assert_close(cut.features.at(torch.tensor([[8.0, 8.0]]))[0], at)
 
 
 def test_a_gradient_that_overflows_is_left_out_and_one_that_keeps_doing_so_is_an_error() -> None:
-    task = DragTask(Mirror(), 1.0, torch.zeros(1, 2), torch.zeros(1, 2), (8, 8), "up.0", torch.ones(1, 1, 8, 8))  # type: ignore[arg-type]
     trace = Trace()
-    changes = Changes(task, trace, torch.zeros(1, 1, 8, 8), 0.1)
+    changes = Changes(task_of(torch.zeros(1, 1, 8, 8)), trace, torch.zeros(1, 1, 8, 8), 0.1)
     # Overflows in half precision, at the next scale not.
     assert not changes.apply((changes.z.half() * 100).sum().float())
     assert torch.equal(changes.z.detach(), changes.held) and trace.losses == []
@@ -270,15 +290,18 @@ def test_settings_become_options_of_their_mode() -> None:
     assert DragSettings(mode="gooddrag").options(38) == GoodDragOptions()
     given = DragSettings(mode="gooddrag", changes=63, learning_rate=0.5, search_radius=5).options(38)
     assert given == GoodDragOptions(rounds=3, limit=63, learning_rate=0.5, search_radius=5)
+    fewer = DragSettings(mode="gooddrag", mask_weight=0.5, patch_radius=2).options(18)
+    assert fewer == GoodDragOptions(levels=3, limit=90, mask_weight=0.5, patch_radius=2)
+    assert DragSettings.reference("gooddrag").options(20) == GoodDragOptions(look_at_end=False)
     assert DragSettings(changes=7, patch_radius=0, mask_weight=0.0).options(35) == DragOptions(
         changes=7, patch_radius=0, mask_weight=0.0
     )
 
 
 def test_gooddrag_drags_at_the_same_part_of_any_schedule() -> None:
-    assert [levels_of(steps, GoodDragOptions()) for steps in (38, 35, 18, 7, 3, 2)] == [7, 6, 3, 1, 1, 1]
-    assert levels_of(35, GoodDragOptions(parity=True)) == 7
-    assert levels_of(35, GoodDragOptions(levels=50)) == 34
+    assert [levels_of(steps) for steps in (38, 35, 18, 7, 3, 2)] == [7, 6, 3, 1, 1, 1]
+    assert levels_of(35, 7) == 7
+    assert levels_of(35, 50) == 34
 
 
 def test_gooddrag_makes_no_more_changes_than_it_may() -> None:
@@ -290,13 +313,13 @@ def test_gooddrag_keeps_what_a_hard_mask_does_not_free() -> None:
     mask = torch.zeros(1, 128, 128)
     mask[:, 40:90, 30:100] = 1
     made = run(Mirror(factor=0.5), mask=mask, mode="gooddrag", hard_mask=True, changes=9)
-    outside = (movable(mask, 16, 16) == 0).expand(1, 4, 16, 16)
+    outside = (touched_cells(mask, 16, 16) == 0).expand(1, 4, 16, 16)
     assert torch.equal(made.edited[outside], made.reference[outside])
     assert not torch.equal(made.edited, made.reference)
 
 
 def test_an_empty_mask_is_none() -> None:
-    assert movable(torch.zeros(1, 64, 64), 16, 16).all()
+    assert single_mask(torch.zeros(1, 64, 64)) is None and single_mask(torch.zeros(3, 64, 64)) is None
     assert torch.equal(run(Mirror(), mask=torch.zeros(1, 64, 64), changes=2).edited, run(Mirror(), changes=2).edited)
 
 
@@ -314,7 +337,32 @@ def test_a_drag_that_runs_out_of_memory_begins_again_with_less() -> None:
 def test_mistakes_are_said_before_the_inversion() -> None:
     model = Mirror()
     with pytest.raises(InvalidImage, match="batch of 2"):
-        drag_points(model, blob(8, 5).repeat(2, 1, 1, 1), SIGMAS, 1.0, RIGHT, None, DragSettings())  # type: ignore[arg-type]
-    with pytest.raises(InvalidSchedule, match="only 1 step"):
-        drag_points(model, blob(8, 5), SIGMAS[:2], 1.0, RIGHT, None, DragSettings(mode="gooddrag", changes=3))  # type: ignore[arg-type]
+        drag_points(model, source(blob(8, 5).repeat(2, 1, 1, 1)), RIGHT)  # type: ignore[arg-type]
+    for changes in (None, 3):
+        settings = DragSettings(mode="gooddrag", changes=changes)
+        with pytest.raises(InvalidSchedule, match="only 1 step"):
+            drag_points(model, source(blob(8, 5), SIGMAS[:2]), RIGHT, None, settings)  # type: ignore[arg-type]
+    with pytest.raises(InvalidImage, match="one mask for one image"):
+        drag_points(model, source(blob(8, 5)), RIGHT, torch.ones(2, 128, 128))  # type: ignore[arg-type]
     assert model.evaluations == 0
+
+
+def test_the_report_says_how_far_every_point_came_and_what_it_cost() -> None:
+    two = points(((0.35, 0.5), (0.6, 0.5)), ((0.1, 0.9), (0.1, 0.9)))
+    mask = torch.zeros(1, 128, 128)
+    mask[:, 40:90] = 1
+    made = run_with(Mirror(), DragSettings(changes=2), two, mask, steps=20)
+    distance = float(made.distances[0]) * 2  # cells of two pixels
+    assert made.text(100).splitlines() == [
+        "dragdiffusion, 2 changes, 9 of 20 steps left to sample",
+        "1 of 2 point(s) arrived",
+        f"pixels to the target  1: {distance:.0f}  2: 0",
+        "outside the mask, where nothing may change: 2",
+        f"{made.evaluations} network evaluations, 2 backward passes, {made.seconds:.1f} s",
+        "peak memory 100 MB",
+    ]
+    assert "9 of 9 steps" in run(Mirror(), changes=1).text()
+    assert "as asked for" in run(Mirror(), changes=1, recompute=True).text()
+    ways = json.loads(made.json())["points"]
+    assert ways[0]["handle"] == [0.35, 0.5] and ways[0]["target"] == [0.6, 0.5]
+    assert len(ways[0]["path"]) == len(made.path) and ways[0]["path"][0] == [22 / 64, 0.5]

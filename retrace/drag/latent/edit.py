@@ -1,190 +1,130 @@
-"""A drag as a whole, between the latent of a picture and what a sampler goes on with."""
+"""A drag as a whole, between the latent of an image and what a sampler goes on with."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields, replace
-from typing import Literal
+from dataclasses import replace
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.checks import check_mask, describe
-from ...core.errors import InvalidImage, InvalidPoints, RetraceError, is_out_of_memory
-from ...core.host import Conditioning, FeatureDenoiser, variance_scale
-from ...inversion.invert import InversionSettings, Method, invert
-from ...masks import latent_mask
+from ...core.errors import InvalidImage, InvalidPoints, Remedy, is_out_of_memory
+from ...core.host import FeatureDenoiser, variance_scale
+from ...inversion.invert import InversionSettings, invert
+from ..area import single_mask
 from ..points import DragPoints
-from .gooddrag import GoodDragOptions, good_drag, levels_of
-from .optimise import Dragged, DragOptions, drag
-from .task import Callback, DragTask, check_single, choose_block
+from .area import alike, everything, sampled_cells, touched_cells
+from .gooddrag import good_drag
+from .optimise import drag
+from .result import Dragged
+from .settings import DragOptions, DragSettings, GoodDragOptions
+from .task import Callback, DragSource, DragTask, choose_block
 
-Mode = Literal["dragdiffusion", "gooddrag"]
-MODES: tuple[Mode, ...] = ("dragdiffusion", "gooddrag")
 FINER = 4  # cells of the grid per latent cell and side: half the pixels of a VAE that makes 8 pixels one cell
-
-
-@dataclass(frozen=True)
-class DragSettings:
-    """How to drag; None everywhere is what the authors of the mode use.
-
-    ``changes`` is the most changes of the latent over all noise levels. ``hard_mask``: see :class:`DragTask`. ``block``
-    is the feature block, ``"auto"`` the paper's. ``recompute`` saves memory, see :meth:`Denoiser.differentiable`; None
-    tries without, and begins again with it once memory has run out. ``parity`` follows the reference to the letter
-    where this library does otherwise: the mask is read at one pixel per cell, and nothing looks where the last change
-    led.
-    """
-
-    mode: Mode = "dragdiffusion"
-    changes: int | None = None
-    learning_rate: float | None = None
-    mask_weight: float | None = None
-    patch_radius: int | None = None
-    search_radius: int | None = None
-    stop_radius: float = 2.0
-    hard_mask: bool = False
-    block: str = "auto"
-    recompute: bool | None = None
-    parity: bool = False
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise RetraceError(f"mode: got '{self.mode}', but one of {', '.join(MODES)} is needed.")
-        smallest = {"changes": 1, "search_radius": 1, "patch_radius": 1 if self.mode == "gooddrag" else 0}
-        for name, least in smallest.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise RetraceError(f"{name}: got {value}, but at least {least} is needed in mode '{self.mode}'.")
-        for name in ("learning_rate", "mask_weight", "stop_radius"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise RetraceError(f"{name}: got {value}, but a number of 0 or more is needed.")
-
-    def options(self, steps: int) -> DragOptions | GoodDragOptions:
-        """The options of the mode for ``steps`` left to sample, with what is None left as it is there."""
-        usual = DragOptions() if self.mode == "dragdiffusion" else GoodDragOptions()
-        names = {field.name for field in fields(usual)}
-        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name in names}
-        if isinstance(usual, GoodDragOptions) and self.changes is not None:
-            # Those of a round stay three, so there are more rounds or fewer, spread over the levels.
-            levels = levels_of(steps, replace(usual, parity=self.parity))
-            given |= {"rounds": math.ceil(self.changes / (levels * usual.changes)), "limit": self.changes}
-        if isinstance(usual, GoodDragOptions):
-            given.pop("changes")
-        return replace(usual, **{name: value for name, value in given.items() if value is not None})
 
 
 def drag_points(
     model: FeatureDenoiser,
-    latent: Tensor,
-    sigmas: Tensor,
-    cond: Conditioning,
+    source: DragSource,
     points: DragPoints,
-    mask: Tensor | None,
-    settings: DragSettings,
-    *,
-    uncond: Conditioning | None = None,
-    scale: float = 1.0,
-    inversion: Method | None = "fixed_point",
+    mask: Tensor | None = None,
+    settings: DragSettings | None = None,
     callback: Callback | None = None,
 ) -> Dragged:
-    """Invert the ``latent`` ``[1, C, h, w]`` of a picture to ``sigmas[0]`` and drag it there.
+    """Bring the latent of an image to ``source.sigmas[0]``, where it is not there already, and drag it there.
 
-    ``inversion`` None means that ``latent`` is noisy already: of a trajectory, or of a generated picture on its way.
-    ``mask`` ``[1, H, W]`` is 1 where the picture may change, None everywhere. ``uncond`` and ``scale`` above 1 are the
-    guidance that a generated picture was made with; inverted ones are dragged without.
+    Needs a host run with ``gradients=True``.
+
+    Args:
+        model: a UNet.
+        source: the latent, its noise levels and what describes it.
+        points: handles, targets and the image that they lie on, of the proportions of the latent.
+        mask: ``[1, H, W]``, 1 where the image may change; None, or one that is 0 everywhere: everywhere.
+        settings: how; None: DragDiffusion as its authors do.
+        callback: see :data:`.task.Callback`; an exception it raises stops everything.
 
     Raises:
         InvalidPoints: no points.
-        InvalidImage: points, mask and latent that are not of one picture; a batch.
-        RetraceError, UnsupportedModel, InvalidSchedule: see :func:`drag` and :func:`good_drag`.
+        InvalidImage: points, mask and latent that are not of one image; a batch; an empty latent.
+        InvalidSchedule: a single step, in GoodDrag.
+        InvalidSetting: a feature block that the model does not have.
+        UnsupportedModel: a model without feature maps.
+        RetraceError: NaN from the model.
     """
-    check_single(latent)
-    options = settings.options(len(sigmas) - 1)
-    height, width = latent.shape[-2:]
-    check_picture(points, height, width)
+    settings = settings or DragSettings()
+    _check_latent(source.latent)
+    options = settings.options(len(source.sigmas) - 1)
+    height, width = source.latent.shape[-2:]
+    _check_points(points, height, width)
     block = choose_block(model, settings.block)
+    mask = single_mask(mask)
+    area = _area(mask, height, width, settings)
     grid = (height * FINER, width * FINER)
     handles, targets = (place.to(model.device) for place in points.on_grid(*grid))
-    area = movable(mask, height, width, settings.parity)
     punished = options.mask_weight > 0 and not bool(area.all())
     task = DragTask(
         model=model,
-        cond=cond,
+        source=source,
+        points=points,
+        mask=mask,
+        settings=settings,
         handles=handles,
         targets=targets,
         grid=grid,
         block=block,
-        mask=area.to(model.device),
-        hard_mask=settings.hard_mask,
-        cut=settings.hard_mask or not (punished or settings.parity),
-        uncond=uncond if scale > 1 else None,
-        scale=scale,
+        area=area.to(model.device),
+        cut=settings.hard_mask or (settings.cut and not punished),
         recompute=settings.recompute or False,
         callback=callback,
     )
-    x = latent
-    if inversion is not None:
-        # To the reference the picture lies at its lowest level, above zero, with the variance that latents have there.
-        last = variance_scale(float(sigmas[-1]), model.parametrisation) if settings.parity else 1.0
-        x = invert(model, latent * last, sigmas, cond, InversionSettings(inversion)).noise
+    x = _noisy(model, source, settings)
     try:
-        return _run(task, x, sigmas, options)
+        return _run(task, x, options)
     except Exception as error:
         if settings.recompute is not None or not is_out_of_memory(error):
             raise
     # Out here, where the failed run no longer holds its tensors.
-    return _run(replace(task, recompute=True), x, sigmas, options)
+    return _run(replace(task, recompute=True), x, options)
 
 
-def _run(task: DragTask, x: Tensor, sigmas: Tensor, options: DragOptions | GoodDragOptions) -> Dragged:
-    if isinstance(options, GoodDragOptions):
-        return good_drag(task, x, sigmas, options)
-    return drag(task, x, sigmas, options)
+def _run(task: DragTask, x: Tensor, options: DragOptions | GoodDragOptions) -> Dragged:
+    return good_drag(task, x, options) if isinstance(options, GoodDragOptions) else drag(task, x, options)
 
 
-def check_picture(points: DragPoints, height: int, width: int) -> None:
-    """Raise unless there are points, on a picture of the proportions of a latent of that size."""
+def _noisy(model: FeatureDenoiser, source: DragSource, settings: DragSettings) -> Tensor:
+    """The latent at the noise level of the drag."""
+    if source.noisy:
+        return source.latent
+    scale = variance_scale(float(source.sigmas[-1]), model.parametrisation) if settings.scaled_start else 1.0
+    return invert(model, source.latent * scale, source.sigmas, source.cond, InversionSettings(settings.inversion)).noise
+
+
+def _check_latent(latent: Tensor) -> None:
+    if not bool(latent.any()):
+        raise InvalidImage("latent: it is empty, but an image to drag is needed.", Remedy.ENCODE_IMAGE)
+    if len(latent) != 1:
+        raise InvalidImage(
+            f"latent: got a batch of {len(latent)} images, but points belong to one.", Remedy.TAKE_ONE_LATENT
+        )
+
+
+def _check_points(points: DragPoints, height: int, width: int) -> None:
     if not points.pairs:
-        raise InvalidPoints("points: there are none. Place at least one handle and its target in 'Drag Points'.")
+        raise InvalidPoints("points: there are none.", Remedy.PLACE_POINTS)
     high, wide = points.size
     if not alike(points.size, height, width):
         raise InvalidImage(
-            f"latent: it is {width}x{height} cells (width x height), but the points lie on a picture of {wide}x{high} "
-            "pixels, which has other proportions. Encode the picture that goes into 'Drag Points'."
+            f"latent: it is {width}x{height} cells (width x height), but the points lie on an image of {wide}x{high} "
+            "pixels, which has other proportions. Encode the image that the points were placed on."
         )
 
 
-def alike(size: tuple[int, int], height: int, width: int) -> bool:
-    """Whether a picture of that size has the proportions of a latent, give or take what a VAE crops."""
-    high, wide = size
-    return abs(height - width * high / wide) <= 1 or abs(width - height * wide / high) <= 1
-
-
-def movable(mask: Tensor | None, height: int, width: int, parity: bool = False) -> Tensor:
-    """``mask`` ``[1, H, W]`` on the latent grid ``[1, 1, h, w]``: 1 in every cell that it touches.
-
-    An empty mask is none: everything may change.
-
-    ``parity``: the reference's rule, one pixel per cell by way of a grid of half the picture. A mask that gets lost in
-    it is no mask at all there.
-    """
-    everything = torch.ones(1, 1, height, width)
+def _area(mask: Tensor | None, height: int, width: int, settings: DragSettings) -> Tensor:
+    """The cells ``[1, 1, h, w]`` that may change."""
     if mask is None:
-        return everything
-    mask = check_mask("mask", mask, allow_empty=True)
-    if not bool(mask.any()):
-        return everything
-    if len(mask) != 1:
-        raise InvalidImage(f"mask: got {describe(mask)}, but one mask for the one picture is needed.")
-    if not alike((int(mask.shape[1]), int(mask.shape[2])), height, width):
+        return everything(height, width)
+    if not alike((mask.shape[1], mask.shape[2]), height, width):
         raise InvalidImage(
             f"mask: it is {mask.shape[2]}x{mask.shape[1]} pixels (width x height), which are not the proportions of "
-            f"the latent ({width}x{height}). Paint it on the picture that is encoded."
+            f"the latent ({width}x{height}). Paint it on the image that is encoded."
         )
-    if not parity:
-        return latent_mask(mask, mode="any", size=(height, width))[:, None].float()
-    half = F.interpolate((mask > 0).float()[:, None], (mask.shape[1] // 2, mask.shape[2] // 2), mode="nearest")
-    cells = F.interpolate(half, (height, width), mode="nearest")
-    return cells if bool(cells.any()) else everything
+    cells = sampled_cells if settings.cells == "sampled" else touched_cells
+    return cells(mask, height, width)

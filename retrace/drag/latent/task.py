@@ -9,26 +9,64 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...core.errors import InvalidImage, RetraceError, UnsupportedModel
+from ...core.errors import InvalidSetting, Remedy, RetraceError, UnsupportedModel
 from ...core.host import Conditioning, FeatureDenoiser, guided, variance_scale
 from ...core.sampling import ddim_step
+from ..points import DragPoints
 from .motion import FeatureGrid
+from .settings import DragSettings
 
 GRADIENT_SCALE = 1024.0  # keeps small gradients of networks in half precision from vanishing; a power of two: exact
 MOST_OVERFLOWS = 4
 
 Callback = Callable[[int, int, list[float]], None]
 """``(change, at most, distances)`` after each change; how far every point was from its target when last looked for, in
-shares of the picture's width."""
+fractions of the image's width."""
+
+
+@dataclass(frozen=True)
+class DragSource:
+    """What is dragged, from which noise level on, and what describes it.
+
+    Args:
+        latent: ``[1, C, h, w]`` of an image; with ``noisy`` one that is at ``sigmas[0]`` already: of a trajectory, or
+            of an image that is still being generated.
+        sigmas: ``[N + 1]``, the noise levels from that of the drag down to where sampling ends.
+        cond: what describes the image.
+        noisy: see ``latent``.
+        uncond: with ``scale`` above 1 the guidance that a generated image was made with; inverted ones are dragged
+            without.
+        scale: see ``uncond``.
+        steps: how many steps the whole way from noise has, for the report; None: those of ``sigmas``.
+    """
+
+    latent: Tensor
+    sigmas: Tensor
+    cond: Conditioning
+    noisy: bool = False
+    uncond: Conditioning | None = None
+    scale: float = 1.0
+    steps: int | None = None
+
+    @property
+    def conds(self) -> list[Conditioning]:
+        """The conditions that the network is asked under: the negative first, where there is guidance."""
+        return [self.cond] if self.uncond is None or self.scale <= 1 else [self.uncond, self.cond]
 
 
 @dataclass(frozen=True)
 class Look:
-    """One evaluation of the network. ``below`` and ``denoised`` are missing where it was cut after the block."""
+    """One evaluation of the network, at least up to the feature block."""
 
     features: FeatureGrid
-    below: Tensor | None = None
-    denoised: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class WholeLook(Look):
+    """One of the whole network: also the latent one DDIM step ``below``, of unit variance, and the clean estimate."""
+
+    below: Tensor
+    denoised: Tensor
 
 
 @dataclass
@@ -47,29 +85,31 @@ class Trace:
 
 @dataclass(frozen=True)
 class DragTask:
-    """One latent ``[1, C, h, w]``, its points on a grid, and what of it may change.
+    """A drag worked out: what was asked for, and where on which grid the points and the mask lie.
 
     Latents in here are of unit variance, ``z = x / sqrt(1 + sigma^2)``, the scale in which the papers' learning rates
     and weights are meant; flow models keep theirs.
 
-    ``mask`` ``[1, 1, h, w]`` is 1 where the latent may change. Soft: what is outside may change but the change of the
-    next lower latent is punished, as in the papers. ``hard_mask``: it stays exactly, as in DragFlow. ``cut``: nothing
-    is asked of the network beyond the block, because there is nothing to punish. ``uncond`` and ``scale``: guidance of
-    a generated picture, whose features are those of both conditions, weighted as the reference does. ``recompute``: see
-    :meth:`Denoiser.differentiable`.
+    Args:
+        mask: ``[1, H, W]`` as it arrived, None where everything may change.
+        handles: ``[P, 2]`` (row, column) on the ``grid``, as are the ``targets``.
+        block: whose features are looked at.
+        area: ``[1, 1, h, w]``, 1 in the cells that may change.
+        cut: nothing is asked of the network beyond the block, because there is nothing to punish.
+        recompute: see :meth:`Denoiser.differentiable`.
     """
 
     model: FeatureDenoiser
-    cond: Conditioning
+    source: DragSource
+    points: DragPoints
+    mask: Tensor | None
+    settings: DragSettings
     handles: Tensor
     targets: Tensor
     grid: tuple[int, int]
     block: str
-    mask: Tensor
-    hard_mask: bool = False
+    area: Tensor
     cut: bool = False
-    uncond: Conditioning | None = None
-    scale: float = 1.0
     recompute: bool = False
     callback: Callback | None = None
 
@@ -79,22 +119,27 @@ class DragTask:
     def noisy(self, z: Tensor, sigma: float) -> Tensor:
         return z * variance_scale(sigma, self.model.parametrisation)
 
-    def look(self, z: Tensor, sigma: float, sigma_next: float, *, whole: bool = False) -> Look:
-        """Features of ``z`` at level ``sigma``; unless cut, also the latent one DDIM step below and the clean one."""
+    def look(self, z: Tensor, sigma: float, sigma_next: float) -> Look:
+        """Features of ``z`` at level ``sigma``; a :class:`WholeLook` unless the network is cut."""
+        if not self.cut:
+            return self.whole_look(z, sigma, sigma_next)
         x = self.noisy(z, sigma)
-        conds = [self.cond] if self.uncond is None else [self.uncond, self.cond]
-        if self.cut and not whole:
-            maps = [self.model.features_of(x, sigma, cond, self.block) for cond in conds]
-            return Look(self._grid(torch.cat(maps)))
+        maps = [self.model.features_of(x, sigma, cond, self.block) for cond in self.source.conds]
+        return Look(self._grid(torch.cat(maps)))
+
+    def whole_look(self, z: Tensor, sigma: float, sigma_next: float) -> WholeLook:
+        """The same through the whole network, cut or not."""
+        x = self.noisy(z, sigma)
         with self.model.features([self.block]) as kept:
-            estimates = self.model.denoised_each(x, sigma, conds)
-        denoised = estimates[0] if len(conds) == 1 else guided(estimates[0], estimates[1], self.scale)
+            estimates = self.model.denoised_each(x, sigma, self.source.conds)
+        denoised = estimates[0] if len(estimates) == 1 else guided(estimates[0], estimates[1], self.source.scale)
         below = self.unit(ddim_step(x, denoised, sigma, sigma_next), sigma_next)
-        return Look(self._grid(kept[self.block].float()), below, denoised)
+        return WholeLook(self._grid(kept[self.block].float()), below, denoised)
 
     def _grid(self, maps: Tensor) -> FeatureGrid:
+        """The features of both conditions, weighted as the reference does, where there is guidance."""
         if len(maps) == 2:
-            share = self.scale / (2 * self.scale - 1)
+            share = self.source.scale / (2 * self.source.scale - 1)
             maps = torch.cat([(1 - share) * maps[:1], share * maps[1:]], dim=1)
         return FeatureGrid(maps[0], *self.grid)
 
@@ -104,9 +149,9 @@ class DragTask:
 
     def background(self, look: Look, anchor: Tensor | None) -> Tensor | float:
         """How far the next lower latent has left ``anchor`` outside the mask: the sum of absolute differences."""
-        if look.below is None or anchor is None:
+        if anchor is None or not isinstance(look, WholeLook):
             return 0.0
-        return ((look.below - anchor) * (1 - self.mask)).abs().sum()
+        return ((look.below - anchor) * (1 - self.area)).abs().sum()
 
     def report(self, change: int, most: int, handles: Tensor, denoised: Tensor | None) -> None:
         """Tell the callback and the host that ``change`` of ``most`` is done; raises what stops the run."""
@@ -149,9 +194,9 @@ class Changes:
         self.trace.losses.append(float(loss.detach()))
         self.z.grad = gradient / self._scale
         self._adam.step()
-        if self.task.hard_mask:
+        if self.task.settings.hard_mask:
             with torch.no_grad():
-                self.z.copy_(torch.lerp(self.held, self.z, self.task.mask))
+                self.z.copy_(torch.lerp(self.held, self.z, self.task.area))
         return True
 
 
@@ -159,26 +204,16 @@ def choose_block(model: FeatureDenoiser, block: str) -> str:
     """The feature block: ``"auto"`` is the last but one of the decoder, the paper's choice (``up.2`` of SD 1.5).
 
     Raises:
-        UnsupportedModel: the model has no such blocks, being no UNet.
-        RetraceError: a block that it does not have.
+        UnsupportedModel: the model has no such blocks, not being a UNet.
+        InvalidSetting: a block that it does not have.
     """
     if len(model.blocks) < 2:
         raise UnsupportedModel(
-            "Dragging needs the feature maps of a UNet (SD 1.x, SD 2.x, SDXL); the connected model has none. Connect "
-            "one of these, or use 'Warp and Inpaint', which works with every model."
+            "Dragging needs the feature maps of a UNet (SD 1.x, SD 2.x, SDXL); this model has none.",
+            Remedy.WARP_INSTEAD,
         )
     if block == "auto":
         return model.blocks[-2]
     if block not in model.blocks:
-        raise RetraceError(f"feature_block: got '{block}', but this model has {', '.join(model.blocks)}.")
+        raise InvalidSetting(f"feature block: got '{block}', but this model has {', '.join(model.blocks)}.")
     return block
-
-
-def check_single(x: Tensor) -> None:
-    """Raise :class:`InvalidImage` unless ``x`` is the latent of one picture, and not an empty one."""
-    if not bool(torch.count_nonzero(x)):
-        raise InvalidImage("latent: it is empty. Connect the picture that shall be dragged, from 'VAE Encode'.")
-    if len(x) != 1:
-        raise InvalidImage(
-            f"latent: got a batch of {len(x)} pictures, but points belong to one. Take it out with 'Latent From Batch'."
-        )
