@@ -23,7 +23,8 @@ def latent_mask(
         factor: pixels per latent cell, 8 for every SD model.
         mode: ``max`` takes the highest value in a cell, so that a line of one pixel survives and soft values stay;
             ``any`` the same but 1 wherever anything is selected; ``area`` the selected share of the cell; ``nearest``
-            one pixel per cell, as the reference code of Blended Latent Diffusion does (thin lines get lost).
+            the pixel in the middle of each cell, as the reference code of Blended Latent Diffusion does (PIL's
+            ``NEAREST``; thin lines get lost).
         size: the latent's (h, w) where H and W are no multiples of ``factor``; ``factor`` is then not used.
 
     Returns:
@@ -50,7 +51,7 @@ def latent_mask(
     # The adaptive pools let neighbouring cells share a pixel where the sizes do not divide: none is skipped.
     cells = mask[:, None]
     if mode == "nearest":
-        return F.interpolate(cells, size=size, mode="nearest")[:, 0]
+        return F.interpolate(cells, size=size, mode="nearest-exact")[:, 0]
     if mode == "area":
         return F.adaptive_avg_pool2d(cells, size)[:, 0]
     highest = F.adaptive_max_pool2d(cells, size)[:, 0]

@@ -7,9 +7,11 @@ import math
 import sys
 from collections.abc import Callable
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from retrace.core.errors import InvalidImage, InvalidSchedule, MissingPackage, RetraceError
 from retrace.masks import feather, feather_inward, latent_mask, mask_precision, precision_kernel, shrink_schedule
@@ -186,7 +188,18 @@ def test_latent_modes_on_soft_values() -> None:
     assert latent_mask(mask).tolist() == [[[0.5, 0.75], [0, 0]]]
     assert latent_mask(mask, mode="any").tolist() == [[[1, 1], [0, 0]]]
     assert latent_mask(mask, mode="area").tolist() == [[[0.75 / 64, 0.75 / 64], [0, 0]]]
-    assert latent_mask(mask, mode="nearest").tolist() == [[[0, 0.75], [0, 0]]]
+    assert latent_mask(mask, mode="nearest").tolist() == [[[0.5, 0], [0, 0]]]
+
+
+@pytest.mark.parametrize(("height", "width", "rows", "columns"), [(32, 24, 4, 3), (21, 34, 3, 4)])
+def test_nearest_reads_the_middle_of_a_cell_as_pil_does(height, width, rows, columns):
+    mask = torch.rand(1, height, width, generator=torch.Generator().manual_seed(0))
+    found = latent_mask(mask, mode="nearest", size=(rows, columns))
+    middles = [[(int((i + 0.5) * height / rows), int((j + 0.5) * width / columns)) for j in range(columns)]
+               for i in range(rows)]  # fmt: skip
+    assert found[0].tolist() == [[mask[0, y, x].item() for y, x in row] for row in middles]
+    small = Image.fromarray(mask[0].numpy()).resize((columns, rows), Image.Resampling.NEAREST)
+    assert found[0].tolist() == numpy.asarray(small).tolist()
 
 
 def test_latent_sizes() -> None:
