@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.host import Conditioning, Denoiser, Parametrisation, add_noise
-from ..core.sampling import Guide, SampleStep, ancestral_steps, cfg, ddim_step, sample, steered
+from ..core.sampling import Guide, sample_ddim
 from .blend import Blend
 
 
@@ -48,19 +48,14 @@ def sample_blended(
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0)
     start = run(first_latent(x0, noise, float(sigmas[0]), highest, model.parametrisation), float(sigmas[0]))
 
-    def keep(done: SampleStep) -> Tensor:
-        return run(done.x, done.sigma_next) if done.sigma_next > 0 else run.finish(done.x)
+    closing = len(sigmas) - 2
 
-    estimate = cfg(model, cond, uncond, scale)
-    anew = torch.Generator().manual_seed(seed + 1)
-    return sample(
-        model,
-        start,
-        sigmas,
-        estimate if guide is None else steered(estimate, guide),
-        ancestral_steps(anew, model.parametrisation) if ancestral else ddim_step,
-        keep,
-    )
+    def keep(step: int, sigma: float, after: Tensor, _: Tensor) -> Tensor:
+        return after if step == closing else run(after, sigma)
+
+    anew = torch.Generator().manual_seed(seed + 1) if ancestral else None
+    # The end is not part of a step: a closing step between equal levels, as the grids of the references have, is none.
+    return run.finish(sample_ddim(model, start, sigmas, cond, uncond, scale, keep, anew, guide))
 
 
 def first_latent(x0: Tensor, noise: Tensor, sigma: float, highest: float, parametrisation: Parametrisation) -> Tensor:

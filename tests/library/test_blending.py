@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from retrace.blending.blend import Blend
 from retrace.blending.sample import first_latent, sample_blended
 from retrace.core.errors import InvalidImage, InvalidSchedule, TrajectoryMismatch
-from retrace.core.schedule import step_of
+from retrace.core.schedule import reference_sigmas, step_of
 from retrace.core.trajectory import Trajectory
 
 pytestmark = pytest.mark.rounding
@@ -20,10 +22,28 @@ def source(batch: int = 1) -> torch.Tensor:
     return torch.randn(batch, 4, 6, 8, generator=torch.Generator().manual_seed(1))
 
 
-def half_mask() -> torch.Tensor:
-    mask = torch.zeros(1, 6, 8)
+def half_mask(height: int = 6, width: int = 8) -> torch.Tensor:
+    mask = torch.zeros(1, height, width)
     mask[:, :, :4] = 1
     return mask
+
+
+def training_sigmas() -> torch.Tensor:
+    """Of SD 1.x and 2.x: betas 0.00085..0.012, linear in their square root."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alphas = torch.cumprod(1 - betas, 0)
+    return ((1 - alphas) / alphas).sqrt()
+
+
+class Keeps:
+    """A model whose clean estimate is its condition."""
+
+    parametrisation, device, evaluations = "eps", torch.device("cpu"), 0
+
+    def denoised(self, x: torch.Tensor, sigma: float, cond: torch.Tensor) -> torch.Tensor:
+        return cond
+
+    def progress(self, *_: object) -> None: ...
 
 
 def trajectory() -> Trajectory:
@@ -145,19 +165,24 @@ def test_bad_input_is_named() -> None:
 
 
 def test_sampling_paints_inside_the_mask_and_returns_the_source_outside() -> None:
-    class Keeps:
-        parametrisation, device, evaluations = "eps", torch.device("cpu"), 0
-
-        def denoised(self, x: torch.Tensor, sigma: float, cond: torch.Tensor) -> torch.Tensor:
-            return cond
-
-        def progress(self, *_: object) -> None: ...
-
     blend = Blend(source(), half_mask(), "eps")
     painted = torch.full((1, 4, 6, 8), 2.0)
     out = sample_blended(Keeps(), painted, SIGMAS, blend, torch.full_like(painted, 5.0), highest=20.0)  # type: ignore[arg-type]
     assert torch.equal(out[..., :4], torch.full((1, 4, 6, 4), 5.0))
     assert torch.equal(out[..., 4:], source()[..., 4:])
+
+
+@pytest.mark.parametrize("noise", ["fixed", "fresh"])
+def test_a_closing_step_between_equal_levels_still_ends_on_the_background_of_that_level(noise: Any) -> None:
+    """The grid of the reference for SD2 (``leading_0`` to the letter): there the background keeps a std of 0.029."""
+    sigmas = reference_sigmas("leading_0", training_sigmas(), 10, parity=True)
+    assert sigmas[-1] == sigmas[-2] > 0
+    blend = Blend(torch.zeros(1, 4, 32, 32), half_mask(32, 32), "eps", noise=noise, level="current")
+    x0 = torch.zeros(1, 4, 32, 32)
+    out = sample_blended(Keeps(), x0, sigmas, blend, torch.full_like(x0, 5.0), highest=20.0)
+    lowest = float(sigmas[-1])
+    assert lowest == pytest.approx(0.029, abs=5e-4)
+    assert float(out[..., 4:].std()) == pytest.approx(lowest, rel=0.05)
 
 
 def test_first_latent_is_what_a_ksampler_starts_from() -> None:
