@@ -20,14 +20,13 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
-from retrace.blending.blend import Blend
+from retrace.blending.blend import BlendSettings, keep_source
 from retrace.blending.decoder import reconstruct_background
 from retrace.blending.paste import paste_background
 from retrace.blending.poisson import poisson_blend
-from retrace.blending.sample import sample_blended
+from retrace.blending.sample import Sampling, sample_blended
 from retrace.clip_guidance.ranking import Region, rank_by_clip
 from retrace.hosts.diffusers import DiffusersHost
-from retrace.masks import latent_mask
 from retrace.metrics import eight_bit_difference
 from retrace.models.clip.model import ImageTextModel, load_image_text_model
 from retrace.models.pebble.scenes import scene_rng
@@ -83,20 +82,13 @@ def paint(host: Any, tasks: list[Task], recipe: Recipe, seed: int, candidates: i
     source = host.encode_image(keep)
     begin = source if all(t.start is t.keep for t in tasks) else host.encode_image(start)
     source, begin, mask = (x.repeat_interleave(candidates, 0) for x in (source, begin, mask))
-    blend = Blend(
-        source,
-        latent_mask(mask, mode=recipe.cells),
-        host.parametrisation,
-        noise=recipe.noise,
-        stages=recipe.shrink,
-        seed=seed,
-    )
+    settings = BlendSettings(noise=recipe.noise, cells=recipe.cells, stages=recipe.shrink, seed=seed)
+    blend = keep_source(source, mask, host.parametrisation, settings, host.downscale)
     words = {name: [getattr(t, name) for t in tasks for _ in range(candidates)] for name in ("prompt", "negative")}
-    highest = float(host.training_sigmas()[-1])
+    walk = Sampling(highest=float(host.training_sigmas()[-1]), scale=recipe.guidance, seed=seed)
 
     def method(model: Any, x0: Tensor, conds: Any) -> tuple[Tensor, int]:
-        texts = conds["prompt"], conds["negative"]
-        done = sample_blended(model, x0, sigmas, blend, *texts, recipe.guidance, highest=highest, seed=seed)
+        done = sample_blended(model, x0, sigmas, blend, conds["prompt"], conds["negative"], settings=walk)
         return done, int(model.evaluations)
 
     latent, evaluations = host.run(begin, {name: host.encode_text(text) for name, text in words.items()}, method)

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrace.blending.blend import Blend
+from retrace.blending.blend import BlendSettings, keep_source
 from retrace.blending.paste import paste_background
-from retrace.blending.sample import first_latent, sample_blended
+from retrace.blending.sample import Sampling, first_latent, sample_blended
 from retrace.clip_guidance import Augmentations, ClipGuidance, GuidedRun, Schedule, View, Weights
 from retrace.core.sampling import sample_ddim
 from retrace.hosts.diffusers import DiffusersHost
-from retrace.masks import latent_mask, mask_precision
+from retrace.masks import mask_precision
 from retrace.models.clip.model import ImageTextModel, load_image_text_model
 from retrace.models.pebble.scenes import Scene, instance_masks, render_batch
 from tools.scene_parser import found, parse
@@ -108,11 +108,10 @@ def edit(
             )
         guide = run.guide if run else None
         if variant.blend:
-            grid = latent_mask(mask, mode="area", size=(x0.shape[-2], x0.shape[-1]))
-            blend = Blend(x0, grid, host.parametrisation, noise="fresh", seed=seed)
-            found_latent = sample_blended(
-                model, x0, sigmas, blend, conds["empty"], highest=highest, seed=seed, guide=guide
-            )
+            settings = BlendSettings(noise="fresh", cells="area", seed=seed)
+            blend = keep_source(x0, mask, host.parametrisation, settings, host.downscale)
+            walk = Sampling(highest=highest, seed=seed, guide=guide)
+            found_latent = sample_blended(model, x0, sigmas, blend, conds["empty"], settings=walk)
         else:
             noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))
             start = first_latent(x0, noise, float(sigmas[0]), highest, host.parametrisation)

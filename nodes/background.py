@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from comfy_api.latest import io, ui
 
 from ..retrace.blending.decoder import Training, reconstruct_background
-from ..retrace.blending.poisson import poisson_blend
-from ..retrace.core.errors import RetraceError
-from ..retrace.metrics import psnr
+from ..retrace.blending.poisson import poisson_background
+from ..retrace.core.errors import InvalidInput
 from ._errors import reports_errors
 from ._schema import advanced, schema
+
+if TYPE_CHECKING:
+    from ..retrace.hosts.comfyui.types import Vae
 
 
 class BackgroundReconstruction(io.ComfyNode):
@@ -86,28 +88,25 @@ class BackgroundReconstruction(io.ComfyNode):
         edited: torch.Tensor,
         source: torch.Tensor,
         mask: torch.Tensor,
-        method: str,
+        method: Literal["decoder", "poisson"],
         steps: int,
         learning_rate: float,
         weight: float,
         stop: float,
-        vae: Any = None,
+        vae: Vae = None,
     ) -> io.NodeOutput:
         if method == "poisson":
-            blended = poisson_blend(edited, source, mask)
-            kept = psnr(edited, source, mask == 0).tolist()
-            text = "\n".join(
-                f"background of number {i}: {value:.2f} dB as decoded, now exact" for i, value in enumerate(kept)
-            )
-            return io.NodeOutput(blended, text, ui=ui.PreviewText(text))
+            blended = poisson_background(edited, source, mask)
+            text = blended.text()
+            return io.NodeOutput(blended.image, text, ui=ui.PreviewText(text))
         if vae is None:
-            raise RetraceError(
+            raise InvalidInput(
                 "the method 'decoder' trains a copy of a VAE's decoder, but no VAE is connected. Connect the one that "
                 "decoded the edit to 'vae', or choose 'poisson'."
             )
         from ..retrace.hosts.comfyui.autoencoder import ComfyAutoencoder, progress_with_preview
 
-        training = Training(steps, learning_rate, weight, stop)
+        training = Training(steps=steps, learning_rate=learning_rate, weight=weight, stop=stop)
         result = reconstruct_background(ComfyAutoencoder(vae), edited, source, mask, training, progress_with_preview())
         text = result.text()
         return io.NodeOutput(result.image, text, ui=ui.PreviewText(text))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from comfy_api.latest import io
 
+from ..retrace.blending.blend import BlendSettings, Level, NoiseMode
 from ..retrace.blending.paste import paste_background
-from ..retrace.core.errors import RetraceError
+from ..retrace.core.errors import InvalidInput
+from ..retrace.masks import LatentMaskMode
+from ._checks import require_trajectory
 from ._errors import reports_errors
 from ._schema import Trajectory, advanced, schema, seed_input
+
+if TYPE_CHECKING:
+    from ..retrace.hosts.comfyui.types import Latent, Model
 
 
 class BlendStep(io.ComfyNode):
@@ -38,14 +44,14 @@ class BlendStep(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "noise",
-                    options=["fixed", "fresh", "trajectory"],
+                    options=list(get_args(NoiseMode)),
                     default="fixed",
                     tooltip="The noise on the background. fixed: the same at all steps. fresh: new at every step, as "
                     "in the paper. trajectory: the stored steps of the inversion (sample with the inverter's SIGMAS).",
                 ),
                 io.Combo.Input(
                     "level",
-                    options=["next", "current"],
+                    options=list(get_args(Level)),
                     default="next",
                     tooltip="next: the background has the same noise level as the edit. current: one step noisier, as "
                     "in the authors' code.",
@@ -53,7 +59,7 @@ class BlendStep(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "cells",
-                    options=["max", "area", "any", "nearest"],
+                    options=list(get_args(LatentMaskMode)),
                     default="max",
                     tooltip="How the mask is converted to the latent grid, whose cells cover 8x8 pixels. max: a cell "
                     "that the mask touches may change, so thin lines work. area: only as far as it is covered, so "
@@ -79,35 +85,26 @@ class BlendStep(io.ComfyNode):
     @reports_errors("Blend Step")
     def execute(
         cls,
-        model: Any,
+        model: Model,
         mask: torch.Tensor,
-        noise: str,
-        level: str,
-        cells: str,
+        noise: NoiseMode,
+        level: Level,
+        cells: LatentMaskMode,
         shrink_stages: int,
         seed: int,
-        source: dict[str, Any] | None = None,
-        trajectory: Any = None,
+        source: Latent | None = None,
+        trajectory: object = None,
     ) -> io.NodeOutput:
         from ..retrace.hosts.comfyui.patches.blend import patch_blend
 
         if source is None and trajectory is None:
-            raise RetraceError(
+            raise InvalidInput(
                 "there is no image to keep. Connect the LATENT of 'VAE Encode' to 'source', or the trajectory of 'DDIM "
                 "Inverter' to 'trajectory'."
             )
-        return io.NodeOutput(
-            patch_blend(
-                model,
-                trajectory if trajectory is not None else source,
-                mask,
-                noise=noise,
-                level=level,
-                cells=cells,
-                stages=shrink_stages,
-                seed=seed,
-            )
-        )
+        settings = BlendSettings(noise=noise, level=level, cells=cells, stages=shrink_stages, seed=seed)
+        kept = source if trajectory is None else require_trajectory(trajectory)
+        return io.NodeOutput(patch_blend(model, kept, mask, settings))
 
 
 class PasteBackground(io.ComfyNode):

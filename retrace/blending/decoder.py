@@ -6,20 +6,31 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ..core.checks import check_image, check_mask, check_same_size, check_steps, match_batch
-from ..core.errors import InvalidImage, InvalidSchedule, RetraceError
+from ..core.checks import (
+    check_image,
+    check_mask,
+    check_same_size,
+    check_steps,
+    check_whole,
+    match_batch,
+    require_choice,
+)
+from ..core.errors import InvalidImage, InvalidSetting, RetraceError
 from ..metrics.quality import decibel
 
 Progress = Callable[[int, int, Tensor], None]
-"""``progress(step, total, image)`` after every step, with the picture [1,H,W,3] in 0..1 as it is by then."""
+"""``progress(step, total, image)`` after every step, with the image ``[1, H, W, 3]`` in 0..1 as it is by then."""
 
 Watch = Callable[[int, Tensor], None]
-"""``watch(step, decoded)``, with what the decoder makes after ``step`` steps, [1,3,H,W] around -1..1."""
+"""``watch(step, decoded)``, with what the decoder makes after ``step`` steps, ``[1, 3, H, W]`` around -1..1."""
+
+
+Target = Literal["decoder", "latent"]
 
 
 class Autoencoder(Protocol):
@@ -36,13 +47,21 @@ class Autoencoder(Protocol):
 
 @dataclass(frozen=True)
 class Training:
-    """How the decoder learns. The defaults are those of the paper.
+    """How the background is learned. The defaults are those of the paper, apart from ``patience``.
 
-    ``weight`` is the lambda of the background. ``stop`` ends it early, at this PSNR of the background in dB (0: never);
-    so do ``patience`` steps in a row without a lower loss (0: never).
+    Args:
+        steps: of Adam, at most.
+        learning_rate: of Adam.
+        weight: the lambda of the background.
+        stop: ends it early, at this PSNR of the background in dB; 0 never does.
+        patience: ends it after this many steps in a row without a lower loss; 0 never does.
+        target: what is optimised: the weights of the ``"decoder"``, or the ``"latent"`` under a decoder as it is (the
+            authors' other mode).
 
     Raises:
-        InvalidSchedule: fewer than 0 steps or patience, a learning rate that is not above 0, a negative weight or stop.
+        InvalidSchedule: fewer than 0 steps.
+        InvalidSetting: negative patience, a learning rate that is not above 0, a negative weight or stop, another
+            target.
     """
 
     steps: int = 75
@@ -50,23 +69,30 @@ class Training:
     weight: float = 100.0
     stop: float = 0.0
     patience: int = 10
+    target: Target = "decoder"
 
     def __post_init__(self) -> None:
         check_steps("steps", self.steps, minimum=0)
-        check_steps("patience", self.patience, minimum=0)
+        check_whole("patience", self.patience, minimum=0)
+        require_choice("target", self.target, get_args(Target))
         if not 0 < self.learning_rate < 1:
-            raise InvalidSchedule(
+            raise InvalidSetting(
                 f"learning_rate: got {self.learning_rate:g}, but a number above 0 and below 1 is needed (the paper has "
                 "0.0001)."
             )
         for name in ("weight", "stop"):
             if not getattr(self, name) >= 0:
-                raise InvalidSchedule(f"{name}: got {getattr(self, name):g}, but 0 or more is needed.")
+                raise InvalidSetting(f"{name}: got {getattr(self, name):g}, but 0 or more is needed.")
+
+    @classmethod
+    def reference(cls, target: Target = "decoder") -> Training:
+        """What the authors' code does in its two modes (``weights``, ``latents``): 75 steps, all of them."""
+        return cls(learning_rate=1e-4 if target == "decoder" else 0.1, patience=0, target=target)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """One picture [1,3,H,W] around -1..1, the Adam steps it took, and the PSNR of its background in dB."""
+    """One image ``[1, 3, H, W]`` around -1..1, the Adam steps it took, and the PSNR of its background in dB."""
 
     decoded: Tensor
     steps: int
@@ -77,7 +103,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """The pictures [B,H,W,3] in 0..1, and for each the steps and the PSNR of its background before and after."""
+    """The images ``[B, H, W, 3]`` in 0..1, and for each the steps and the PSNR of its background before and after."""
 
     image: Tensor
     steps: tuple[int, ...]
@@ -85,7 +111,7 @@ class Reconstruction:
     after: tuple[float, ...]
 
     def text(self) -> str:
-        """A line for each picture."""
+        """A line for each image."""
         rows = zip(self.before, self.after, self.steps, strict=True)
         return "\n".join(
             f"background of number {i}: {before:.2f} dB as decoded, {after:.2f} dB after {steps} steps"
@@ -103,17 +129,18 @@ def reconstruct_background(
 ) -> Reconstruction:
     """``edited`` inside ``mask`` and ``source`` around it, both as one decoder makes them, so that no seam is left.
 
-    The decoder is a private copy, a new one for each picture; the model stays as it is. Outside the mask the result is
+    The decoder is a private copy, a new one for each image; the model stays as it is. Outside the mask the result is
     close to the source and not equal to it: :func:`retrace.blending.paste.paste_background` makes it so.
 
     Args:
-        edited: [B,H,W,3], 0..1, of a size that the autoencoder takes.
-        source: [B,H,W,3] or one [1,H,W,3] for all, 0..1.
-        mask: [B,H,W] or one [1,H,W] for all, 1 = edit; values between mix. An empty mask asks for the source.
+        edited: ``[B, H, W, 3]``, 0..1, of a size that the autoencoder takes.
+        source: ``[B, H, W, 3]`` or one ``[1, H, W, 3]`` for all, 0..1.
+        mask: ``[B, H, W]`` or one ``[1, H, W]`` for all, 1 = edit; values between mix. An empty mask asks for the
+            source.
         progress: see :data:`Progress`; an exception it raises stops everything.
 
     Returns:
-        Pictures of the type and device of ``edited``.
+        Images of the type and device of ``edited``.
 
     Raises:
         InvalidImage: not images or a mask, different sizes, batches that do not fit, a mask without an outside.
@@ -163,18 +190,24 @@ def train_decoder(
     training: Training,
     watch: Watch | None = None,
 ) -> Trained:
-    """Adam on those weights of ``decoder`` that require gradients; the picture of the lowest loss is the result.
+    """Adam on those weights of ``decoder`` that require gradients, or on the latent; the lowest loss is the result.
 
     Args:
-        decoder: called as ``decoder(latent)``; its weights change.
-        latent: [1,C,h,w].
-        edited, source: [1,3,H,W], -1..1.
-        mask: [1,1,H,W], 0..1, with zeros somewhere.
+        decoder: called as ``decoder(latent)``; its weights change, or no longer require gradients.
+        latent: ``[1, C, h, w]``.
+        edited, source: ``[1, 3, H, W]``, -1..1.
+        mask: ``[1, 1, H, W]``, 0..1, with zeros somewhere.
 
     Raises:
         RetraceError: the loss is not finite any more.
     """
-    optimiser = torch.optim.Adam([p for p in decoder.parameters() if p.requires_grad], lr=training.learning_rate)
+    if training.target == "latent":
+        decoder.requires_grad_(False)
+        latent = latent.clone().requires_grad_()
+        trained: list[Tensor] = [latent]
+    else:
+        trained = [p for p in decoder.parameters() if p.requires_grad]
+    optimiser = torch.optim.Adam(trained, lr=training.learning_rate)
     outside = (mask == 0).expand_as(source)
     best, lowest, before, after, waited = latent, math.inf, 0.0, 0.0, 0
     try:
@@ -210,15 +243,15 @@ def train_decoder(
 def reconstruction_loss(decoded: Tensor, edited: Tensor, source: Tensor, mask: Tensor, weight: float) -> Tensor:
     """Mean squared difference from the edit inside, plus ``weight`` times that from the source outside.
 
-    Avrahami et al. 2023, eq. 3, with squares; both means are over all elements of the picture, as in the authors' code.
-    All are [B,3,H,W] in -1..1, the mask [B,1,H,W].
+    Avrahami et al. 2023, eq. 3, with squares; both means are over all elements of the image, as in the authors' code.
+    All are ``[B, 3, H, W]`` in -1..1, the mask ``[B, 1, H, W]``.
     """
     inside = ((edited - decoded) * mask).square().mean()
     return inside + weight * ((source - decoded) * (1 - mask)).square().mean()
 
 
 def _psnr(decoded: Tensor, source: Tensor) -> float:
-    """PSNR in dB of values in -1..1, clamped as the picture will be."""
+    """PSNR in dB of values in -1..1, clamped as the image will be."""
     error = ((decoded.clamp(-1, 1) - source) / 2).square().mean()
     return float(decibel(error))
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.checks import check_image, check_mask, check_same_size, match_batch
 from ..core.errors import InvalidImage
+from ..metrics import psnr
 
 _SMALLEST = 4  # pixels; a grid below this has nothing coarser
 _SMOOTHINGS = 3
@@ -16,20 +19,42 @@ _ACCURACY = 1e-6  # of the equation, in values 0..1
 _TINY = 1e-300
 
 
+@dataclass(frozen=True)
+class PoissonResult:
+    """The blended images ``[B, H, W, 3]`` in 0..1, and what they were made of."""
+
+    image: Tensor
+    edited: Tensor
+    source: Tensor
+    mask: Tensor
+
+    def text(self) -> str:
+        """For each image the PSNR of the background before; afterwards it is the source."""
+        before = psnr(self.edited, self.source, self.mask == 0).tolist()
+        return "\n".join(
+            f"background of number {i}: {value:.2f} dB as decoded, now exact" for i, value in enumerate(before)
+        )
+
+
+def poisson_background(edited: Tensor, source: Tensor, mask: Tensor) -> PoissonResult:
+    """:func:`poisson_blend` with a report."""
+    return PoissonResult(poisson_blend(edited, source, mask), edited, source, mask)
+
+
 def poisson_blend(edited: Tensor, source: Tensor, mask: Tensor) -> Tensor:
     """``edited`` inside ``mask``, with its colours shifted smoothly so that no seam is left; ``source`` outside.
 
     Solves the discrete Poisson equation (Perez et al. 2003, eq. 7) with the gradients of ``edited`` as guidance and
-    the source's pixels around the mask as boundary. At the picture's own border nothing is prescribed, so masks may
+    the source's pixels around the mask as boundary. At the image's own border nothing is prescribed, so masks may
     touch it. The mask is taken as a whole: every pixel above 0 is inside.
 
     Args:
-        edited: [B,H,W,3], 0..1.
-        source: [B,H,W,3] or one [1,H,W,3] for all, 0..1.
-        mask: [B,H,W] or one [1,H,W] for all, 1 = edit. An empty mask gives the source.
+        edited: ``[B, H, W, 3]``, 0..1.
+        source: ``[B, H, W, 3]`` or one ``[1, H, W, 3]`` for all, 0..1.
+        mask: ``[B, H, W]`` or one ``[1, H, W]`` for all, 1 = edit. An empty mask gives the source.
 
     Returns:
-        [B,H,W,3] of the source's type and device; where the mask is 0 the source, bit for bit.
+        ``[B, H, W, 3]`` of the source's type and device; where the mask is 0 the source, bit for bit.
 
     Raises:
         InvalidImage: not images or a mask, different sizes, batches that do not fit, a mask without an outside.
@@ -56,7 +81,9 @@ def poisson_blend(edited: Tensor, source: Tensor, mask: Tensor) -> Tensor:
 
 
 def _shift(difference: Tensor, inside: Tensor) -> Tensor:
-    """The membrane through ``difference`` [C,H,W] around ``inside`` [H,W], 0 elsewhere; only the part that is needed.
+    """The membrane through ``difference`` ``[C, H, W]`` around ``inside`` ``[H, W]``, 0 elsewhere.
+
+    Only the part that is needed is computed.
 
     With f = edited + u the equation becomes Laplace's for u, whose boundary values are source - edited.
     """
@@ -71,7 +98,9 @@ def _shift(difference: Tensor, inside: Tensor) -> Tensor:
 
 
 def membrane(values: Tensor, inside: Tensor) -> Tensor:
-    """The harmonic function on ``inside`` [H,W] that continues ``values`` [C,H,W] of the pixels around it; 0 elsewhere.
+    """The harmonic function on ``inside`` ``[H, W]`` that continues ``values`` ``[C, H, W]`` of the pixels around it.
+
+    It is 0 elsewhere.
 
     Conjugate gradients, with a cycle of multigrid as preconditioner: a dozen rounds, however large the region is.
     """
@@ -119,7 +148,7 @@ def _laplace(u: Tensor, weight: Tensor) -> Tensor:
 
 
 def _neighbours(u: Tensor) -> Tensor:
-    """Sum over the four neighbours in [C,H,W]; there are none beyond the border."""
+    """Sum over the four neighbours in ``[C, H, W]``; there are none beyond the border."""
     p = F.pad(u, (1, 1, 1, 1))
     return p[:, :-2, 1:-1] + p[:, 2:, 1:-1] + p[:, 1:-1, :-2] + p[:, 1:-1, 2:]
 

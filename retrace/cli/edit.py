@@ -14,9 +14,9 @@ from typing import Literal, TypeVar, get_args
 
 from torch import Tensor
 
-from ..blending.blend import Blend, NoiseMode
+from ..blending.blend import Blend, BlendSettings, NoiseMode
 from ..blending.paste import paste_background
-from ..blending.sample import sample_blended
+from ..blending.sample import Sampling, sample_blended
 from ..core.checks import check_choice, check_image, check_mask, check_same_size, check_steps, match_batch
 from ..core.errors import InvalidInput, InvalidSetting
 from ..core.host import Conditioning, Denoiser, Host, Origin
@@ -249,24 +249,17 @@ class _Edit:
             trajectory,
             latent_mask(self.mask, mode=self.settings.cells, size=size),
             self.host.parametrisation,
-            noise=self.settings.background,
-            stages=self.settings.shrink,
-            seed=self.settings.seed,
+            BlendSettings(noise=self.settings.background, stages=self.settings.shrink, seed=self.settings.seed),
         )
 
     def _paint(self, model: Denoiser, x: Tensor, given: Conditions, blend: Blend) -> Tensor:
-        return sample_blended(
-            model,
-            x,
-            self.sigmas,
-            blend,
-            given["target"],
-            given["negative"],
-            self.settings.guidance,
+        walk = Sampling(
             highest=float(self.host.training_sigmas()[-1]),
+            scale=self.settings.guidance,
             ancestral=self.settings.sampler == "euler_ancestral",
             seed=self.settings.seed,
         )
+        return sample_blended(model, x, self.sigmas, blend, given["target"], given["negative"], settings=walk)
 
     def _decode(self, latent: Tensor) -> Tensor:
         return self.host.decode_latent(latent).float().cpu()

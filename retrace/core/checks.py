@@ -182,14 +182,33 @@ def check_steps(name: str, steps: object, minimum: int = 1, maximum: int | None 
     Raises:
         InvalidSchedule: not a whole number, or out of that range.
     """
+    return _whole(name, steps, minimum, maximum, InvalidSchedule)
+
+
+def check_whole(name: str, number: object, minimum: int = 1, maximum: int | None = None) -> int:
+    """Return ``number``, a setting other than steps, when it is a whole number in ``minimum..maximum``.
+
+    Raises:
+        InvalidSetting: not a whole number, or out of that range.
+    """
+    return _whole(name, number, minimum, maximum, InvalidSetting)
+
+
+def _whole(name: str, number: object, minimum: int, maximum: int | None, error: type[InvalidSetting]) -> int:
     needed = f"a whole number of at least {minimum}" if maximum is None else f"a whole number {minimum} to {maximum}"
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise InvalidSchedule(f"{name}: got {steps!r} ({type(steps).__name__}), but {needed} is needed. Round it.")
-    if steps < minimum:
-        raise InvalidSchedule(f"{name}: got {steps}, but {needed} is needed. Raise it to {minimum} or more.")
-    if maximum is not None and steps > maximum:
-        raise InvalidSchedule(f"{name}: got {steps}, but {needed} is needed. Lower it to {maximum} or less.")
-    return steps
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise error(f"{name}: got {number!r} ({type(number).__name__}), but {needed} is needed. Round it.")
+    if number < minimum:
+        raise error(f"{name}: got {number}, but {needed} is needed. Raise it to {minimum} or more.")
+    if maximum is not None and number > maximum:
+        raise error(f"{name}: got {number}, but {needed} is needed. Lower it to {maximum} or less.")
+    return number
+
+
+def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise :class:`InvalidSetting` unless ``value`` is one of ``choices`` (``get_args`` of a ``Literal``)."""
+    if value not in choices:
+        raise InvalidSetting(f"{name}: got {value!r}, but one of {', '.join(choices)} is needed.")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

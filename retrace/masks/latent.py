@@ -7,10 +7,10 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.checks import check_mask, check_steps, describe
-from ..core.errors import InvalidImage, RetraceError
+from ..core.checks import check_mask, check_steps, check_whole, describe, require_choice
+from ..core.errors import InvalidImage
 
-LatentMaskMode = Literal["max", "any", "area", "nearest"]
+LatentMaskMode = Literal["max", "area", "any", "nearest"]
 
 
 def latent_mask(
@@ -19,7 +19,7 @@ def latent_mask(
     """Reduce a pixel mask to the latent grid.
 
     Args:
-        mask: [B,H,W], 0..1.
+        mask: ``[B, H, W]``, 0..1.
         factor: pixels per latent cell, 8 for every SD model.
         mode: ``max`` takes the highest value in a cell, so that a line of one pixel survives and soft values stay;
             ``any`` the same but 1 wherever anything is selected; ``area`` the selected share of the cell; ``nearest``
@@ -28,26 +28,28 @@ def latent_mask(
         size: the latent's (h, w) where H and W are no multiples of ``factor``; ``factor`` is then not used.
 
     Returns:
-        [B,H/factor,W/factor] or [B,h,w].
+        ``[B, H/factor, W/factor]`` or ``[B, h, w]``.
 
     Raises:
         InvalidImage: not a mask, or a size that ``factor`` does not divide.
-        InvalidSchedule: ``factor`` below 1.
+        InvalidSetting: another mode, or ``factor`` below 1.
     """
     mask = check_mask("mask", mask, allow_empty=True)
-    if mode not in get_args(LatentMaskMode):
-        raise RetraceError(
-            f"mode: got {mode!r}, but one of {', '.join(get_args(LatentMaskMode))} is needed. Choose one."
-        )
+    require_choice("mode", mode, get_args(LatentMaskMode))
     if size is None:
-        factor = check_steps("factor", factor)
+        factor = check_whole("factor", factor)
         if mask.shape[1] % factor or mask.shape[2] % factor:
             raise InvalidImage(
                 f"mask: got {describe(mask)}, i.e. {mask.shape[2]}x{mask.shape[1]} pixels (width x height), but "
-                f"multiples of {factor} are needed. Crop or resize picture and mask to such a size, or give the "
+                f"multiples of {factor} are needed. Crop or resize image and mask to such a size, or give the "
                 "size of the latent."
             )
         size = (mask.shape[1] // factor, mask.shape[2] // factor)
+    return to_grid(mask, size, mode)
+
+
+def to_grid(mask: Tensor, size: tuple[int, int], mode: LatentMaskMode) -> Tensor:
+    """:func:`latent_mask` to ``size`` ``(h, w)`` of a mask ``[B, H, W]`` that has been checked."""
     # The adaptive pools let neighbouring cells share a pixel where the sizes do not divide: none is skipped.
     cells = mask[:, None]
     if mode == "nearest":
@@ -64,23 +66,32 @@ def shrink_schedule(mask_latent: Tensor, steps: int, stages: int) -> list[Tensor
     Stage i of ``stages`` dilates by a square of 3 + 2i cells, largest first; the original mask closes the list. With 50
     steps and 3 stages: 7x7 for steps 0-12, 5x5 for 13-25, 3x3 for 26-38, the original for 39-49.
 
+    Soft values dilate by maximum, so that a half-selected cell grows half-selected. The authors' code instead dilates
+    everything above 0 to 1; ``(mask_latent > 0).float()`` gives its dilations, but also a hard last mask.
+
     Args:
-        mask_latent: [B,h,w], 0..1; soft values dilate by maximum.
+        mask_latent: ``[B, h, w]``, 0..1.
         steps: how many sampling steps there are.
         stages: how many dilations; 0 gives the original at every step.
 
     Returns:
-        ``steps`` tensors [B,h,w]; steps of one stage share one tensor.
+        ``steps`` tensors ``[B, h, w]``; steps of one stage share one tensor.
 
     Raises:
         InvalidImage: not a mask.
-        InvalidSchedule: ``steps`` below 1 or ``stages`` below 0.
+        InvalidSchedule: ``steps`` below 1.
+        InvalidSetting: ``stages`` below 0.
 
     Paper: Blended Latent Diffusion, Avrahami et al. 2023, its progressive mask shrinking.
     """
     mask_latent = check_mask("mask", mask_latent, allow_empty=True)
     steps = check_steps("steps", steps)
-    stages = check_steps("stages", stages, minimum=0)
+    stages = check_whole("stages", stages, minimum=0)
+    return shrunk(mask_latent, steps, stages)
+
+
+def shrunk(mask_latent: Tensor, steps: int, stages: int) -> list[Tensor]:
+    """:func:`shrink_schedule` of what has been checked."""
     kernels = [3 + 2 * i for i in reversed(range(stages))]
     masks = [F.max_pool2d(mask_latent[:, None], k, stride=1, padding=k // 2)[:, 0] for k in kernels] + [mask_latent]
     parts = len(masks)

@@ -5,7 +5,7 @@ sigma_s) for a precision index s in 0..S, where s = 0 is the exact mask and s = 
 sigma_s is not public, so what follows is our choice:
 
 * every connected instance is treated alone, so that its own size sets sigma and its own box is the last level;
-* sigma grows in proportion to s / S and to the two sides of the box, so that twice the picture gives twice the mask;
+* sigma grows in proportion to s / S and to the two sides of the box, so that twice the image gives twice the mask;
 * a plain blur and threshold neither keeps the shape (thin parts vanish) nor stays in the box, and a wider blur is not
   always larger. So each level is cut to the box, and is the union of the exact mask, the level before and what the blur
   adds: level i lies inside level i + 1 for every input.
@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.checks import check_mask, check_steps
-from ..core.errors import InvalidImage, InvalidSchedule, require
+from ..core.checks import check_mask, check_whole
+from ..core.errors import InvalidImage, InvalidSetting, Remedy, require
 
 BINARY_CUT = 0.5
 """A soft mask counts as selected from here on when the output is binary."""
@@ -53,8 +53,8 @@ def mask_precision(
     Several objects in one mask (8-connected components) grow independently and are merged by maximum.
 
     Args:
-        mask: [B,H,W], 0..1. Binary output first cuts soft values at :data:`BINARY_CUT`. Soft output keeps them: level 0
-            is the input itself, and each instance grows with its own peak value.
+        mask: ``[B, H, W]``, 0..1. Binary output first cuts soft values at :data:`BINARY_CUT`. Soft output keeps them:
+            level 0 is the input itself, and each instance grows with its own peak value.
         level: precision index s, 0..levels.
         levels: S, how many steps there are from the exact mask to the box.
         soft: False gives 0/1. True gives clamp(blur / (2 * threshold * peak), 0, 1), the ramp that 0/1 cuts at half.
@@ -62,24 +62,24 @@ def mask_precision(
         sigma_max: sigma at the last level, as a share of the box side.
 
     Returns:
-        [B,H,W] of the mask's type and device. Never smaller than the mask nor larger than the boxes, and never smaller
-        than a lower level. An empty mask stays empty, a full one full.
+        ``[B, H, W]`` of the mask's type and device. Never smaller than the mask nor larger than the boxes, and never
+        smaller than a lower level. An empty mask stays empty, a full one full.
 
     Raises:
         InvalidImage: not a mask (see :func:`retrace.core.checks.check_mask`), or one whose values are all below
             ``BINARY_CUT`` when the output is binary.
-        InvalidSchedule: ``level``, ``levels``, ``threshold`` or ``sigma_max`` out of range.
+        InvalidSetting: ``level``, ``levels``, ``threshold`` or ``sigma_max`` out of range.
         MissingPackage: kornia or scipy is not installed.
 
     Paper: SmartBrush, Xie et al. 2023 (arXiv 2212.05034), its precision index s and m_s.
     """
     mask = check_mask("mask", mask, allow_empty=True)
-    levels = check_steps("levels", levels)
-    level = check_steps("level", level, minimum=0, maximum=levels)
+    levels = check_whole("levels", levels)
+    level = check_whole("level", level, minimum=0, maximum=levels)
     if not 0 < threshold < 1:
-        raise InvalidSchedule(f"threshold: got {threshold}, but a number between 0 and 1 is needed. 0.2 is usual.")
+        raise InvalidSetting(f"threshold: got {threshold}, but a number between 0 and 1 is needed. 0.2 is usual.")
     if not 0 < sigma_max <= 1:
-        raise InvalidSchedule(f"sigma_max: got {sigma_max}, but above 0 and at most 1 is needed. 0.25 is usual.")
+        raise InvalidSetting(f"sigma_max: got {sigma_max}, but above 0 and at most 1 is needed. 0.25 is usual.")
     if soft:
         exact = mask
     else:
@@ -89,7 +89,8 @@ def mask_precision(
             index = int(lost.nonzero()[0])
             raise InvalidImage(
                 f"mask: its highest value is {mask[index].max().item():.3g}, but binary output needs values of at "
-                f"least {BINARY_CUT}. Choose soft output, or raise the mask ('Threshold Mask')."
+                f"least {BINARY_CUT}. Choose soft output to keep them. Otherwise:",
+                Remedy.RAISE_MASK,
             )
     if level == 0:
         return exact.clone()
@@ -97,7 +98,7 @@ def mask_precision(
 
 
 def _coarsen(mask: Tensor, level: int, levels: int, threshold: float, sigma_max: float, soft: bool) -> Tensor:
-    """One mask [H,W] at ``level`` >= 1."""
+    """One mask ``[H, W]`` at ``level`` >= 1."""
     ndimage = require("scipy.ndimage", "find the separate objects in a mask", "scipy")
     support = (mask >= _VISIBLE).cpu().numpy()
     # 8-connected: a diagonal brush stroke is one object, not a row of single pixels.
@@ -121,7 +122,7 @@ def _coarsen(mask: Tensor, level: int, levels: int, threshold: float, sigma_max:
 
 
 def _ramp(shape: Tensor, level: int, levels: int, threshold: float, sigma_max: float) -> Tensor:
-    """Blur one instance [h,w] inside its box: one half where the blur is ``threshold`` times its peak."""
+    """Blur one instance ``[h, w]`` inside its box: one half where the blur is ``threshold`` times its peak."""
     kornia = require("kornia.filters", "blur masks", "kornia")
     height, width = shape.shape
     (_, sigma_y), (_, sigma_x) = (precision_kernel(level, levels, side, sigma_max) for side in (height, width))

@@ -104,7 +104,7 @@ class TestWithModel:
 
     def test_trajectory_noise_without_trajectory(self, newest_server: ComfyServer) -> None:
         graph = graphs.blended(noise="trajectory")
-        graphs.fails(newest_server, graph, "RetraceBlendStep", "Blend Step:", "Connect the trajectory")
+        graphs.fails(newest_server, graph, "RetraceBlendStep", "Blend Step:", "noise:", "Connect a 'DDIM Inverter'")
 
     def test_latent_of_another_kind_of_model(self, server: ComfyServer) -> None:
         graph = graphs.blended(source=["wide", 0])

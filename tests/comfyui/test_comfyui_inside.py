@@ -71,9 +71,9 @@ def test_interrupts_pass_and_leave_nothing_behind(inside: Run) -> None:
     out = inside("""
 import comfy.model_management
 from pack.retrace.blending.blend import Blend
-from pack.retrace.hosts.comfyui.patches.blend import _Patch
+from pack.retrace.hosts.comfyui.patches.blend import _BlendPatch
 
-patch = _Patch(Blend(torch.zeros(1, 4, 8, 8), torch.ones(1, 8, 8), "eps"))
+patch = _BlendPatch(Blend(torch.zeros(1, 4, 8, 8), torch.ones(1, 8, 8), "eps"))
 guider = object()
 
 def interrupted(*args, **kwargs):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from retrace.blending.decoder import Training, reconstruct_background, reconstruction_loss, train_decoder
-from retrace.core.errors import InvalidImage, InvalidSchedule, RetraceError, UnsupportedModel
+from retrace.core.errors import InvalidImage, InvalidSetting, RetraceError, UnsupportedModel
 from retrace.hosts.common.private_decoder import private_decoder
 
 pytestmark = pytest.mark.rounding
@@ -131,8 +131,26 @@ def test_what_cannot_be_trained_says_so() -> None:
     with pytest.raises(RetraceError, match=r"NaN or infinite values after 0 steps. Lower learning_rate"):
         train_decoder(Shift(float("nan")), zeros, zeros, zeros, mask, Training(2))
     for wrong in ({"steps": -1}, {"learning_rate": 0.0}, {"weight": -1.0}, {"stop": float("nan")}, {"patience": -1}):
-        with pytest.raises(InvalidSchedule, match=f"{next(iter(wrong))}: got"):
-            Training(**wrong)
+        with pytest.raises(InvalidSetting, match=f"{next(iter(wrong))}: got"):
+            Training(**wrong)  # type: ignore[arg-type]
+
+
+def test_the_latent_can_learn_instead() -> None:
+    """The authors' other mode: Adam at 0.1 on the latent, the decoder as it is. Its first step moves by 0.1."""
+    reference = Training.reference("latent")
+    assert (reference.steps, reference.learning_rate, reference.weight, reference.patience) == (75, 0.1, 100, 0)
+    assert Training.reference() == Training(patience=0)
+    decoder, latent = Shift(), torch.zeros(1, 3, 4, 4)
+    aim, mask = torch.full((1, 3, 4, 4), 0.6), torch.zeros(1, 1, 4, 4)
+    seen: list[torch.Tensor] = []
+    result = train_decoder(decoder, latent, aim, aim, mask, reference, lambda _, decoded: seen.append(decoded))
+    assert torch.allclose(seen[1], torch.full_like(aim, 0.1), atol=1e-4)
+    assert result.steps == 75 and torch.allclose(result.decoded, aim, atol=0.05) and result.after > result.before + 20
+    assert float(decoder.shift.detach()) == 0 and not latent.any() and not latent.requires_grad
+    edited, source, mask = pictures(1)
+    latents = Training(steps=40, learning_rate=0.05, patience=0, target="latent")
+    found = reconstruct_background(Autoencoder(), edited, source, mask, latents)
+    assert found.after[0] > found.before[0]
 
 
 def test_the_background_comes_back_and_the_edit_stays() -> None:

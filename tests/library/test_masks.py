@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from retrace.core.errors import InvalidImage, InvalidSchedule, MissingPackage, RetraceError
+from retrace.core.errors import InvalidImage, InvalidSchedule, InvalidSetting, MissingPackage
 from retrace.masks import feather, feather_inward, latent_mask, mask_precision, precision_kernel, shrink_schedule
 
 pytestmark = pytest.mark.rounding
@@ -151,13 +151,13 @@ def test_type_is_kept_and_the_input_untouched() -> None:
 
 def test_precision_errors() -> None:
     mask = blob(5)
-    with pytest.raises(InvalidSchedule, match="level: got 6, but a whole number 0 to 5"):
+    with pytest.raises(InvalidSetting, match="level: got 6, but a whole number 0 to 5"):
         mask_precision(mask, 6, 5)
-    with pytest.raises(InvalidSchedule, match="levels: got 0"):
+    with pytest.raises(InvalidSetting, match="levels: got 0"):
         mask_precision(mask, 0, 0)
-    with pytest.raises(InvalidSchedule, match="threshold: got 0"):
+    with pytest.raises(InvalidSetting, match="threshold: got 0"):
         mask_precision(mask, 1, threshold=0)
-    with pytest.raises(InvalidSchedule, match="sigma_max: got 2"):
+    with pytest.raises(InvalidSetting, match="sigma_max: got 2"):
         mask_precision(mask, 1, sigma_max=2)
     with pytest.raises(InvalidImage, match=r"highest value is 0\.3.*Choose soft output"):
         mask_precision(mask * 0.3, 1)
@@ -192,7 +192,7 @@ def test_latent_modes_on_soft_values() -> None:
 
 
 @pytest.mark.parametrize(("height", "width", "rows", "columns"), [(32, 24, 4, 3), (21, 34, 3, 4)])
-def test_nearest_reads_the_middle_of_a_cell_as_pil_does(height, width, rows, columns):
+def test_nearest_reads_the_middle_of_a_cell_as_pil_does(height, width, rows, columns) -> None:
     mask = torch.rand(1, height, width, generator=torch.Generator().manual_seed(0))
     found = latent_mask(mask, mode="nearest", size=(rows, columns))
     middles = [[(int((i + 0.5) * height / rows), int((j + 0.5) * width / columns)) for j in range(columns)]
@@ -210,9 +210,9 @@ def test_latent_sizes() -> None:
         assert latent_mask(mask, size=(1, 2)).max() == 1
     with pytest.raises(InvalidImage, match=r"19x8 pixels.*multiples of 8.*Crop or resize"):
         latent_mask(torch.ones(1, 8, 19))
-    with pytest.raises(RetraceError, match="one of max, any, area, nearest"):
+    with pytest.raises(InvalidSetting, match="one of max, area, any, nearest"):
         latent_mask(torch.ones(1, 8, 8), mode="bilinear")  # type: ignore[arg-type]
-    with pytest.raises(InvalidSchedule, match="factor: got 0"):
+    with pytest.raises(InvalidSetting, match="factor: got 0"):
         latent_mask(torch.ones(1, 8, 8), factor=0)
 
 
@@ -246,10 +246,19 @@ def test_shrink_schedule_keeps_soft_values_batches_and_no_stages() -> None:
     assert all(mask is masks for mask in shrink_schedule(masks, 3, 0))
     first = shrink_schedule(masks, 4, 1)[0]
     assert torch.equal(first, F.max_pool2d(masks, 3, stride=1, padding=1))
-    with pytest.raises(InvalidSchedule, match="stages: got -1"):
+    with pytest.raises(InvalidSetting, match="stages: got -1"):
         shrink_schedule(masks, 3, -1)
     with pytest.raises(InvalidSchedule, match="steps: got 0"):
         shrink_schedule(masks, 0, 1)
+
+
+def test_soft_values_dilate_by_maximum_where_the_reference_makes_them_one() -> None:
+    dot = torch.zeros(1, 9, 9)
+    dot[0, 4, 4] = 0.5
+    first = shrink_schedule(dot, 4, 1)[0]
+    assert first.sum() == 9 * 0.5 and first.max() == 0.5
+    reference = shrink_schedule((dot > 0).float(), 4, 1)[0]  # a kernel of ones over a mask that is cut at 1
+    assert torch.equal(reference, F.conv2d(dot[:, None], torch.ones(1, 1, 3, 3), padding=1)[:, 0].gt(0).float())
 
 
 def test_feather_reaches_exactly_its_radius() -> None:
@@ -279,6 +288,6 @@ def test_inward_feather_stays_inside() -> None:
 
 @pytest.mark.parametrize("function", [feather, feather_inward])
 @pytest.mark.parametrize("radius", [-1, float("nan"), "2"])
-def test_a_radius_that_is_none(function: Callable[..., torch.Tensor], radius: float | str) -> None:
-    with pytest.raises(InvalidSchedule, match="radius: got"):
+def test_a_radius_that_is_none(function, radius) -> None:
+    with pytest.raises(InvalidSetting, match="radius: got"):
         function(torch.ones(1, 4, 4), radius)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from retrace.blending.paste import paste_background
-from retrace.core.errors import InvalidImage, InvalidSchedule
+from retrace.core.errors import InvalidImage, InvalidSetting
 
 
 def pictures(batch: int = 2, height: int = 24, width: int = 20) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -92,7 +92,7 @@ def test_errors_say_what_to_do() -> None:
         paste_background(edited, source, mask[:, :16])
     with pytest.raises(InvalidImage, match=r"mask: got 2 in.*batch of 1"):
         paste_background(edited[:1], source[:1], mask)
-    with pytest.raises(InvalidImage, match=r"source image: got.*Split Image with Alpha"):
+    with pytest.raises(InvalidImage, match=r"source image: got.*pass the first three"):
         paste_background(edited, torch.rand(2, 24, 20, 4), mask)
-    with pytest.raises(InvalidSchedule, match="radius: got -1"):
+    with pytest.raises(InvalidSetting, match="radius: got -1"):
         paste_background(edited, source, mask, -1)

@@ -2,79 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import Tensor
 
-from ....blending.blend import Blend, BlendRun, Level, NoiseMode
-from ....core.checks import check_latent, check_mask, describe
-from ....core.errors import InvalidImage
+from ....blending.blend import Blend, BlendRun, BlendSettings, mask_on_grid
+from ....core.checks import check_latent, describe
+from ....core.errors import InvalidInput, Remedy
 from ....core.trajectory import Trajectory
-from ....masks import LatentMaskMode, latent_mask
 from ..calls import SamplerCall
 from ..host import ComfyHost
+from ..types import Latent, Model
 from .run_patch import RunPatch
 
 
 def patch_blend(
-    model: Any,
-    source: Mapping[str, Any] | Trajectory,
-    mask: Tensor,
-    *,
-    noise: NoiseMode = "fixed",
-    level: Level = "next",
-    cells: LatentMaskMode = "max",
-    stages: int = 0,
-    seed: int = 0,
-) -> Any:
+    model: Model, source: Latent | Trajectory, mask: Tensor, settings: BlendSettings | None = None
+) -> Model:
     """A clone of the MODEL whose samplers keep ``source`` outside ``mask``.
 
     Args:
         source: a LATENT dict as the VAE encodes it, or the trajectory of its inversion.
-        mask: [B or 1, H, W] in pixels of the picture (or on the latent grid), 1 = edit.
-        cells: what a pixel mask becomes on the latent grid, see :func:`retrace.masks.latent_mask`.
-        noise, level, stages, seed: see :class:`retrace.blending.blend.Blend`.
+        mask: ``[B or 1, H, W]`` in pixels of the image (or on the latent grid), 1 = edit.
 
     Raises:
-        InvalidImage: a broken latent or mask, an empty mask, or a mask of another size than the picture.
+        InvalidInput: a source that is neither, or noise ``"trajectory"`` without a trajectory.
+        InvalidImage: a broken latent or mask, an empty mask, or a mask of another size than the image.
         TrajectoryMismatch: a trajectory of another kind of model.
         UnsupportedModel: a model whose noisy latents follow neither convention of this library.
     """
+    settings = settings or BlendSettings()
     host = ComfyHost(model)
+    kept: Tensor | Trajectory
     if isinstance(source, Trajectory):
         source.require_kind(host.parametrisation, host.latent_format)
-        clean = source.source
-    else:
-        if not isinstance(source, Mapping) or "samples" not in source:
-            raise InvalidImage(f"source: got {describe(source)}, but a LATENT is needed. Connect a 'VAE Encode'.")
+        kept, clean = source, source.source
+    elif isinstance(source, dict) and "samples" in source:
         samples = check_latent("source", source["samples"], host.latent_channels)
-        clean = host.to_model_scale(samples.float().cpu())
-    grid = _on_grid(mask, clean, host.downscale, cells)
-    kept = source if isinstance(source, Trajectory) else clean
-    blend = Blend(kept, grid, host.parametrisation, noise, level, stages, seed)
+        kept = clean = host.to_model_scale(samples.float().cpu())
+    else:
+        raise InvalidInput(f"source: got {describe(source)}, but a LATENT is needed.", Remedy.ENCODE_IMAGE)
+    grid = mask_on_grid(mask, clean, host.downscale, settings.cells)
     patched = model.clone()
-    _Patch(blend).install(patched)
+    _BlendPatch(Blend(kept, grid, host.parametrisation, settings)).install(patched)
     return patched
 
 
-def _on_grid(mask: Tensor, latent: Tensor, cell: int, mode: LatentMaskMode) -> Tensor:
-    """``mask`` on the grid of ``latent``. It may have the size of the latent, or that of the picture."""
-    height, width = latent.shape[-2:]
-    mask = check_mask("mask", mask, allow_empty=True).float().cpu()
-    if tuple(mask.shape[1:]) == (height, width):
-        return check_mask("mask", mask)
-    spare = [mask.shape[1] - height * cell, mask.shape[2] - width * cell]
-    if not all(0 <= pixels < cell for pixels in spare):
-        check_mask("mask", mask, size=(height * cell, width * cell), allow_empty=True)
-    check_mask("mask", mask)
-    # 'VAE Encode' cuts a picture to whole cells, as much on one side as on the other: so must its mask be.
-    top, left = (pixels // 2 for pixels in spare)
-    mask = mask[:, top : top + height * cell, left : left + width * cell]
-    return latent_mask(mask, mode=mode, size=(height, width))
-
-
-class _Patch(RunPatch):
+class _BlendPatch(RunPatch):
     """The wrappers of one Blend Step."""
 
     key = "retrace_blend"
