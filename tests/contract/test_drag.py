@@ -75,7 +75,9 @@ def test_blocks_that_are_computed_twice_change_nothing(subject: Any, settings: d
 
 def test_a_noisy_latent_is_dragged_where_it_is(subject: Any) -> None:
     made = dragged(subject, noisy=True)
-    torch.testing.assert_close(made.reference, subject.host.encode_image(POINTS.picture).float().cpu())
+    assert_rounds_to(
+        made.reference, subject.host.encode_image(POINTS.picture).float().cpu(), roundings(subject.networks()[1])
+    )
     assert made.evaluations == 3
 
 
