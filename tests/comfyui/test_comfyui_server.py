@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -12,12 +11,11 @@ from pathlib import Path
 import pytest
 
 from tools.comfyui.install import link_pack, unlink_pack
-from tools.comfyui.progress import NodeProgress
 from tools.comfyui.server import ComfyError, ComfyInstall, ComfyServer, find_comfyui
 
 FAKE = """
 import argparse, http.server, json, os, pathlib, subprocess, sys
-HISTORY, FRAMES, DIES = {}, [], False
+HISTORY, DIES = {}, False
 parser = argparse.ArgumentParser()
 parser.add_argument("--port", type=int)
 parser.add_argument("--base-directory")
@@ -34,11 +32,6 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self):
-        if self.path.startswith("/ws") and FRAMES:
-            head = b"HTTP/1.1 101 Switching Protocols\\r\\nUpgrade: websocket\\r\\n\\r\\n"
-            self.wfile.write(head + b"".join(FRAMES))
-            print("answered", self.rfile.read(10).hex(), flush=True)
-            return
         if self.path.startswith("/history"):
             if DIES:
                 print("Segmentation fault", flush=True)
@@ -47,7 +40,10 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.reply(200, {})
 
     def do_POST(self):
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.path == "/upload/image":
+            print("upload", body, flush=True)
+            return self.reply(200, {"name": "kept (1).png", "subfolder": ""})
         if self.path == "/prompt":
             return self.reply(200, {"prompt_id": "p", "node_errors": {}})
         self.reply(200, {})
@@ -167,42 +163,27 @@ def test_a_server_that_is_gone_or_silent(fake: ComfyInstall) -> None:
 DONE = "HISTORY = {'p': {'status': {'messages': []}, 'outputs': {}}}"
 
 
-def _frame(opcode: int, content: bytes, last: bool = True) -> bytes:
-    size = bytes([len(content)]) if len(content) < 126 else b"\x7e" + len(content).to_bytes(2, "big")
-    return bytes([opcode | 128 * last]) + size + content
-
-
-def test_nodes_and_steps_are_reported(fake: ComfyInstall) -> None:
-    def message(kind: str, **data: object) -> bytes:
-        return json.dumps({"type": kind, "data": data}).encode()
-
-    step = message("progress", node="7", value=3, max=50, note="x" * 200)
-    frames = [
-        _frame(1, message("status", status={})),
-        _frame(1, message("executing", node="7")),
-        _frame(2, b"\0" * 300),  # a preview picture
-        _frame(1, step[:20], last=False),
-        _frame(9, b"ping"),  # may come in the middle of a message
-        _frame(0, step[20:]),
-        _frame(1, b"no json"),
-        _frame(1, message("executing", node=None)),
-        _frame(8, b""),
-    ]
-    _behave(fake, f"{DONE}; FRAMES = {frames!r}")
-    seen: list[NodeProgress] = []
-    with ComfyServer(fake, None) as server:
-        server.run({}, on_progress=seen.append)
-        deadline = time.monotonic() + 10
-        while "answered" not in server.log and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert "answered 8a8400000000" + b"ping".hex() in server.log, "the ping had no pong"
-    assert seen == [NodeProgress("7"), NodeProgress("7", 3, 50)]
-
-
-def test_without_a_websocket_the_graph_runs_as_well(fake: ComfyInstall) -> None:
+def test_a_graph_that_is_done_has_a_result(fake: ComfyInstall) -> None:
     _behave(fake, DONE)
     with ComfyServer(fake, None) as server:
-        assert server.run({}, on_progress=lambda _: None).images == []
+        assert server.run({}).images == []
+
+
+def test_an_image_is_uploaded_under_its_name(fake: ComfyInstall, tmp_path: Path) -> None:
+    (tmp_path / "a photo.png").write_bytes(b"bytes of it")
+    with ComfyServer(fake, None) as server:
+        assert server.upload_image(tmp_path / "a photo.png") == "kept (1).png"
+        sent = server.log
+    assert 'name="image"; filename="a photo.png"' in sent and "bytes of it" in sent
+    assert 'name="overwrite"' in sent
+
+
+def test_a_proxy_of_the_environment_is_not_asked(fake: ComfyInstall, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with ComfyServer(fake, None) as server:
+        assert server.object_info() == {}
 
 
 def test_outside_the_block_it_says_so(fake: ComfyInstall) -> None:

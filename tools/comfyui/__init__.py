@@ -1,1 +1,1 @@
-"""Start a ComfyUI, run graphs in it, read what comes out. Needs the standard library only."""
+"""Start a ComfyUI, run graphs in it, read what comes out; for tests and benchmarks."""

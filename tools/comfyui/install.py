@@ -1,4 +1,4 @@
-"""Find a ComfyUI on this machine and the Python that runs it; links and processes. Standard library only."""
+"""Find a ComfyUI on this machine and the Python that runs it; links and processes."""
 
 from __future__ import annotations
 

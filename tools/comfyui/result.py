@@ -12,14 +12,14 @@ from .install import ComfyError
 
 
 class Server(Protocol):
-    """Where pictures are fetched from."""
+    """Where images are fetched from."""
 
     def request(self, method: str, path: str) -> bytes: ...
 
 
 @dataclass
 class RemoteImage:
-    """A picture on the server; fetched when :meth:`read` is called."""
+    """An image on the server; fetched when :meth:`read` is called."""
 
     server: Server = field(repr=False)
     node_id: str
@@ -43,7 +43,7 @@ class RunResult:
     """What came out of a graph.
 
     ``outputs`` maps node ids to their UI results; ``messages`` are the status messages as ``(event, data)``;
-    ``executed_nodes`` ran this time, ``cached_nodes`` were still known; ``images`` are all pictures saved or previewed.
+    ``executed_nodes`` ran this time, ``cached_nodes`` were still known; ``images`` were saved or previewed.
     """
 
     outputs: dict[str, dict[str, Any]]

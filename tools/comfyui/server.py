@@ -1,28 +1,24 @@
-"""Run graphs in a real ComfyUI: start it as a server on a scratch folder, send graphs, get pictures.
+"""Run graphs in a real ComfyUI: start it as a server on a scratch folder, send graphs, get images.
 
-Standard library only, so that it works before anything is installed. The user's own ComfyUI folder is only read: the
-server gets a temporary base directory with its own ``input``, ``output``, ``user`` and ``custom_nodes``.
+The user's own ComfyUI folder is only read: the server gets a temporary base directory with its own ``input``,
+``output``, ``user`` and ``custom_nodes``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
-import mimetypes
 import os
 import shutil
 import subprocess
 import tempfile
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import requests
 
 from .install import (
     PACK_NAME,
@@ -35,10 +31,9 @@ from .install import (
     stop_process,
     unlink_pack,
 )
-from .progress import NodeProgress, ProgressListener
 from .result import RemoteImage, RunResult, refusal, result_of
 
-__all__ = ["ComfyError", "ComfyInstall", "ComfyServer", "NodeProgress", "RemoteImage", "RunResult", "find_comfyui"]
+__all__ = ["ComfyError", "ComfyInstall", "ComfyServer", "RemoteImage", "RunResult", "find_comfyui"]
 
 
 class ComfyServer:
@@ -75,7 +70,6 @@ class ComfyServer:
         self._given_base = base
         self._base: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._client = uuid.uuid4().hex
 
     # -- life of the process ------------------------------------------------------------------------------------------
 
@@ -135,7 +129,7 @@ class ComfyServer:
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 raise ComfyError(f"ComfyUI {self._who} stopped while it started. Its last lines:\n{self._tail()}")
-            with contextlib.suppress(OSError, http.client.HTTPException, ComfyError):
+            with contextlib.suppress(requests.RequestException, ComfyError):
                 self._send("GET", "/system_stats", timeout=2)
                 return
             time.sleep(0.2)
@@ -171,12 +165,15 @@ class ComfyServer:
         Raises:
             ComfyError: it answered 400 or above, or not at all; then it is said whether it still runs.
         """
+        headers = {"Content-Type": content_type} if content_type else {}
+        return self._answer(method, path, data=body, headers=headers, timeout=timeout)
+
+    def _answer(self, method: str, path: str, **content: Any) -> bytes:
         try:
-            return self._send(method, path, body, content_type, timeout)
-        except (OSError, http.client.HTTPException) as error:
-            reason = str(getattr(error, "reason", error)) or type(error).__name__
+            return self._send(method, path, **content)
+        except requests.RequestException as error:
             raise ComfyError(
-                f"ComfyUI {self._who} gave no answer to {path.partition('?')[0]} ({reason}): {self._state()}. "
+                f"ComfyUI {self._who} gave no answer to {path.partition('?')[0]} ({error}): {self._state()}. "
                 f"Its last lines:\n{self._tail()}"
             ) from error
 
@@ -188,26 +185,20 @@ class ComfyServer:
         status = self._process.poll()
         return "it still runs" if status is None else f"its process ended with status {status}"
 
-    def _send(
-        self, method: str, path: str, body: bytes | None = None, content_type: str = "", timeout: float = 60.0
-    ) -> bytes:
-        headers = {"Content-Type": content_type} if content_type else {}
-        request = urllib.request.Request(self.url + path, data=body, headers=headers, method=method)
-        try:
-            # No proxy for this machine itself, whatever the environment says.
-            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-            with opener.open(request, timeout=timeout) as answer:
-                content: bytes = answer.read()
-                return content
-        except urllib.error.HTTPError as error:
-            raise refusal(path, error.code, error.read()) from None
+    def _send(self, method: str, path: str, *, timeout: float = 60.0, **content: Any) -> bytes:
+        with requests.Session() as session:
+            session.trust_env = False  # no proxy for this machine itself, whatever the environment says
+            answer = session.request(method, self.url + path, timeout=timeout, **content)
+        if answer.status_code >= 400:
+            raise refusal(path, answer.status_code, answer.content)
+        return answer.content
 
     def get_json(self, path: str) -> Any:
         content = self.request("GET", path)
         try:
             return json.loads(content)
         except ValueError as error:
-            raise ComfyError(f"ComfyUI {self._who} answered {path} with something else than JSON.") from error
+            raise ComfyError(f"ComfyUI {self._who} answered {path} with something other than JSON.") from error
 
     def object_info(self) -> dict[str, Any]:
         """All nodes that the server knows, by class name."""
@@ -215,16 +206,10 @@ class ComfyServer:
         return info
 
     def upload_image(self, path: Path | str, name: str | None = None) -> str:
-        """Put a picture into ComfyUI's input folder; returns the name for a Load Image node."""
+        """Put an image into ComfyUI's input folder; returns the name for a Load Image node."""
         path = Path(path)
-        name = name or path.name
-        boundary = uuid.uuid4().hex
-        kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        disposition = f'form-data; name="image"; filename="{name}"'
-        head = f"--{boundary}\r\nContent-Disposition: {disposition}\r\nContent-Type: {kind}\r\n\r\n"
-        tail = f'\r\n--{boundary}\r\nContent-Disposition: form-data; name="overwrite"\r\n\r\ntrue\r\n--{boundary}--\r\n'
-        body = head.encode() + path.read_bytes() + tail.encode()
-        answer = json.loads(self.request("POST", "/upload/image", body, f"multipart/form-data; boundary={boundary}"))
+        file = (name or path.name, path.read_bytes())
+        answer = json.loads(self._answer("POST", "/upload/image", files={"image": file}, data={"overwrite": "true"}))
         return f"{answer['subfolder']}/{answer['name']}" if answer.get("subfolder") else str(answer["name"])
 
     def run(
@@ -233,49 +218,38 @@ class ComfyServer:
         *,
         timeout: float = 600.0,
         on_wait: Callable[[float], None] | None = None,
-        on_progress: Callable[[NodeProgress], None] | None = None,
     ) -> RunResult:
         """Run a graph in API format and wait for it.
 
-        ``on_wait`` is called now and then with the seconds that passed, ``on_progress`` whenever a node begins or
-        reports a step.
+        ``on_wait`` is called now and then with the seconds that passed.
 
         Raises:
             ComfyError: the graph was refused, a node failed (its id, type and message are named), the server ended, or
                 the time is over; the graph is then interrupted.
         """
-        with ProgressListener(self.url, self._client) as listener:
-            return self._run(graph, timeout, on_wait, on_progress, listener)
-
-    def _run(
-        self,
-        graph: dict[str, Any],
-        timeout: float,
-        on_wait: Callable[[float], None] | None,
-        on_progress: Callable[[NodeProgress], None] | None,
-        listener: ProgressListener,
-    ) -> RunResult:
         started = time.monotonic()
-        body = json.dumps({"prompt": graph, "client_id": self._client}).encode()
-        answer = json.loads(self.request("POST", "/prompt", body, "application/json"))
-        prompt_id = answer["prompt_id"]
-        if answer.get("node_errors"):
-            # Some outputs are wrong and ComfyUI would run the others: half a result is no result.
-            self.request("POST", "/queue", json.dumps({"delete": [prompt_id]}).encode(), "application/json")
-            self.request("POST", "/interrupt", json.dumps({"prompt_id": prompt_id}).encode(), "application/json")
-            raise refusal("/prompt", 400, json.dumps(answer).encode())
+        prompt_id = self._queue(graph)
         while True:
             entry = self.get_json(f"/history/{prompt_id}").get(prompt_id)
-            for progress in listener.news():
-                if on_progress is not None:
-                    on_progress(progress)
             if entry is not None and entry.get("status") is not None:
                 return result_of(self, graph, entry, time.monotonic() - started)
             if self._process is None or self._process.poll() is not None:
                 raise ComfyError(f"ComfyUI {self._who} ended while the graph ran. Its last lines:\n{self._tail()}")
             if time.monotonic() - started > timeout:
-                self.request("POST", "/interrupt", b"{}", "application/json")
+                self._answer("POST", "/interrupt", json={})
                 raise ComfyError(f"The graph was not done after {timeout:.0f} s and was interrupted.\n{self._tail()}")
             if on_wait is not None:
                 on_wait(time.monotonic() - started)
             time.sleep(0.1)
+
+    def _queue(self, graph: dict[str, Any]) -> str:
+        """Send a graph; returns its id in the queue and in the history."""
+        # Not as `json=`: requests refuses NaN, which a test may want to see refused by a node.
+        answer = json.loads(self.request("POST", "/prompt", json.dumps({"prompt": graph}).encode(), "application/json"))
+        prompt_id = str(answer["prompt_id"])
+        if answer.get("node_errors"):
+            # Some outputs are wrong and ComfyUI would run the others: half a result is no result.
+            self._answer("POST", "/queue", json={"delete": [prompt_id]})
+            self._answer("POST", "/interrupt", json={"prompt_id": prompt_id})
+            raise refusal("/prompt", 400, json.dumps(answer).encode())
+        return prompt_id
