@@ -129,9 +129,9 @@ def make_environment(command: str) -> None:
             "The packages were not installed; pip's message is above. Check the network connection (a proxy or mirror "
             "is set with PIP_PROXY or PIP_INDEX_URL) and the free space, then run the command again."
         )
-    temporary = file.with_suffix(".new")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, file)
+    from retrace.core.files import replace_file  # standard library only
+
+    replace_file(file, content.encode())
 
 
 def inside() -> bool:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..blending.paste import paste_background
 from ..core.errors import InvalidInput, InvalidSetting, RetraceError, is_out_of_memory
-from ..core.host import Host
 from ..core.images import resize
 from ..hosts.diffusers import DiffusersHost
 from ..masks import mask_precision
@@ -136,7 +135,7 @@ def _load(options: argparse.Namespace, terminal: Terminal) -> DiffusersHost:
     return host
 
 
-def _facts(options: argparse.Namespace, host: Host, result: EditResult) -> dict[str, object]:
+def _facts(options: argparse.Namespace, host: DiffusersHost, result: EditResult) -> dict[str, object]:
     height, width = result.source.shape[1:3]
     return {
         "model": str(options.model) if options.model else "Pebble",

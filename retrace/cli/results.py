@@ -49,16 +49,15 @@ def save(outcome: Outcome, prompts: EditPrompts, folder: Path) -> str:
 
 
 def _images(outcome: Outcome, prompts: EditPrompts, scores: dict[str, EditReport]) -> dict[str, bytes]:
-    images = {
-        "source": outcome.source[0],
-        "mask": outcome.mask[0],
-        "reconstruction": outcome.reconstruction[0],
-        "edit": outcome.edited[0],
-    }
-    panels = edit_panels(*images.values(), scores, str(prompts.source), str(prompts.target))
-    pictures = {name: to_picture(image) for name, image in images.items()}
+    source, mask = outcome.source[0], outcome.mask[0]
+    reconstruction, edited = outcome.reconstruction[0], outcome.edited[0]
+    panels = edit_panels(source, mask, reconstruction, edited, scores, str(prompts.source), str(prompts.target))
     return {
-        f"{name}.png": _png(p) for name, p in {**pictures, "contact_sheet": contact_sheet(panels, "Retrace")}.items()
+        "source.png": _png(to_picture(source)),
+        "mask.png": _png(to_picture(mask)),
+        "reconstruction.png": _png(to_picture(reconstruction)),
+        "edit.png": _png(to_picture(edited)),
+        "contact_sheet.png": _png(contact_sheet(panels, "Retrace")),
     }
 
 

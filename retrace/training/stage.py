@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..core.files import replacing
 from .muon import Muon
 
 log = logging.getLogger("retrace.training.pebble")
@@ -86,10 +86,8 @@ class Stage:
             "elapsed": self.elapsed,
             "losses": self.losses,
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        torch.save(state, part)
-        os.replace(part, self.path)
+        with replacing(self.path) as part:
+            torch.save(state, part)
 
     @property
     def progress(self) -> float:
