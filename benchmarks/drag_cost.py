@@ -34,7 +34,7 @@ def main() -> None:
     import comfy.sample
     import torch
 
-    from retrace.attention.identity_lora import LoraTraining
+    from retrace.attention.lora.settings import LoraTraining
     from retrace.drag.latent.edit import drag_points
     from retrace.drag.latent.settings import DragSettings
     from retrace.drag.latent.task import DragSource

@@ -28,7 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrace.attention.identity_lora import IdentityLora, LoraTraining, train
+from retrace.attention.lora.result import IdentityLora
+from retrace.attention.lora.settings import LoraTraining
+from retrace.attention.lora.train import train
 from retrace.attention.reference_kv import ReferenceKV
 from retrace.blending.paste import paste_background
 from retrace.core.host import Conditioning, Denoiser, LowRank

@@ -1,18 +1,22 @@
-"""Identity LoRA: a model learns one picture before it is edited."""
+"""Identity LoRA: a model learns one image before it is edited."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from comfy_api.latest import io, ui
 
-from ..retrace.attention.identity_lora import LoraTraining
-from ..retrace.pictures.loss_plot import loss_picture, running_mean
+from ..retrace.attention.lora.settings import LoraTraining
+from ..retrace.pictures.loss_plot import RunningMean, loss_picture
 from ._checks import latent_samples
 from ._errors import reports_errors
 from ._memory import PeakMemory
 from ._progress import progress_text
 from ._schema import SAVE_MEMORY, advanced, save_memory_input, schema, seed_input
+
+if TYPE_CHECKING:
+    from ..retrace.attention.lora.train import Callback
+    from ..retrace.hosts.comfyui.types import ConditioningList, Latent, Model
 
 
 class IdentityLora(io.ComfyNode):
@@ -102,9 +106,9 @@ class IdentityLora(io.ComfyNode):
     @reports_errors("Identity LoRA")
     def execute(
         cls,
-        model: Any,
-        positive: Any,
-        latent: Any,
+        model: Model,
+        positive: ConditioningList,
+        latent: Latent,
         rank: int,
         steps: int,
         learning_rate: float,
@@ -117,31 +121,36 @@ class IdentityLora(io.ComfyNode):
         from ..retrace.hosts.comfyui import ComfyHost
         from ..retrace.hosts.comfyui.runs.identity_lora import train_lora
 
-        samples = latent_samples(latent)
         training = LoraTraining(
-            rank, steps, learning_rate, batch_size, at_once, weight_decay, SAVE_MEMORY[save_memory], seed
+            rank=rank,
+            steps=steps,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            at_once=at_once,
+            weight_decay=weight_decay,
+            recompute=SAVE_MEMORY[save_memory],
+            seed=seed,
         )
         memory = PeakMemory()
-        trained = train_lora(ComfyHost(model), samples, positive, training, _progress(cls.hidden))
+        trained = train_lora(ComfyHost(model), latent_samples(latent), positive, training, _progress(cls.hidden))
         losses = trained.result.losses
-        report = trained.report(memory.megabytes())
-        shown: dict[str, Any] = ui.PreviewImage(loss_picture(losses), cls=cls).as_dict()
+        report = trained.result.text(memory.megabytes())
+        preview = ui.PreviewImage(loss_picture(losses), cls=cls)
         return io.NodeOutput(
             trained.model,
             trained.lora,
             {"loss": losses},
             report,
-            ui={**shown, **ui.PreviewText(report).as_dict()},
+            ui={**preview.as_dict(), **ui.PreviewText(report).as_dict()},
         )
 
 
-def _progress(hidden: Any) -> Any:
+def _progress(hidden: object) -> Callback:
     """Shows on the node how the loss goes, while it runs."""
     write = progress_text(hidden)
-    losses: list[float] = []
+    mean = RunningMean()
 
     def show(step: int, total: int, loss: float) -> None:
-        losses.append(loss)
-        write(f"step {step} of {total}: loss {running_mean(losses)[-1]:.4f} on average")
+        write(f"step {step} of {total}: loss {mean.add(loss):.4f} on average")
 
     return show

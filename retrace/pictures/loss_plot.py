@@ -1,8 +1,9 @@
-"""A picture of how the loss of a training went."""
+"""How the loss of a training went, as an image and in numbers."""
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -51,6 +52,19 @@ def loss_picture(losses: Sequence[float]) -> Tensor:
     return torch.from_numpy(np.array(picture)).float()[None] / 255
 
 
-def running_mean(losses: Sequence[float], window: int = 20) -> list[float]:
+class RunningMean:
     """The mean of each value and the up to ``window - 1`` before it; single steps see one random noise level each."""
-    return [math.fsum(part) / len(part) for i in range(len(losses)) if (part := losses[max(0, i + 1 - window) : i + 1])]
+
+    def __init__(self, window: int = 20) -> None:
+        self._newest: deque[float] = deque(maxlen=window)
+
+    def add(self, value: float) -> float:
+        """The mean with ``value`` as the newest."""
+        self._newest.append(value)
+        return math.fsum(self._newest) / len(self._newest)
+
+
+def running_mean(losses: Sequence[float], window: int = 20) -> list[float]:
+    """:class:`RunningMean` of all ``losses``, one after the other."""
+    mean = RunningMean(window)
+    return [mean.add(loss) for loss in losses]

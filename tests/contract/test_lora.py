@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from retrace.attention.identity_lora import PROBES, LoraTraining, initial_adapters, train
+from retrace.attention.lora.result import PROBES
+from retrace.attention.lora.settings import LoraTraining
+from retrace.attention.lora.train import initial_adapters, train
 from retrace.core.errors import RetraceError, UnsupportedModel
 from retrace.core.host import LowRank
 from tests.rounding import assert_rounds_to, assert_trained_alike, tolerance

@@ -1,81 +1,25 @@
-"""A LoRA that has seen one picture: with it the model keeps what the picture shows while it is edited.
-
-DragDiffusion (Shi et al. 2024, arXiv 2306.14435, section 3.2) fine-tunes Stable Diffusion on the picture to be edited,
-by low-rank changes of all attention projections (Hu et al. 2022, arXiv 2106.09685) and the loss of ordinary training.
-"""
+"""The training of an identity LoRA: AdamW on the loss of ordinary training, at random noise levels of the image."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..core.checks import check_latent, check_steps
-from ..core.errors import InvalidSchedule, RetraceError, is_out_of_memory
-from ..core.host import AdapterDenoiser, Conditioning, LowRank, Parametrisation, add_noise
+from ...core.checks import check_latent
+from ...core.errors import InvalidInput, Remedy, RetraceError, UnsupportedModel, is_out_of_memory
+from ...core.host import AdapterDenoiser, Conditioning, LowRank, Parametrisation, add_noise
+from .result import PROBES, IdentityLora
+from .settings import LoraTraining
 
-PROBES = 8  # fixed noise levels at which the result is compared with the model as it was
 _SMALLEST_SCALE = 2.0**-30  # of a loss whose gradients still overflow: then the network itself is at fault
 
 Callback = Callable[[int, int, float], None]
 """``callback(step, total, loss)`` after every step."""
-
-
-@dataclass(frozen=True)
-class LoraTraining:
-    """How the LoRA learns. The defaults are those of the authors' code.
-
-    A step averages the gradient over ``batch_size`` random noise levels, of which ``at_once`` share a pass of the
-    network: that decides speed and memory but, up to rounding, not the result. ``recompute``: see
-    :meth:`Denoiser.differentiable`; None tries without, and with it once memory has run out.
-
-    Raises:
-        InvalidSchedule: a number out of its range.
-    """
-
-    rank: int = 16
-    steps: int = 80
-    learning_rate: float = 5e-4
-    batch_size: int = 4
-    at_once: int = 1
-    weight_decay: float = 1e-2
-    recompute: bool | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("rank", "steps", "batch_size", "at_once"):
-            check_steps(name, getattr(self, name))
-        if not 0 < self.learning_rate < 1:
-            raise InvalidSchedule(
-                f"learning_rate: got {self.learning_rate:g}, but a number above 0 and below 1 is needed (try 0.0005)."
-            )
-        if not 0 <= self.weight_decay < 1:
-            raise InvalidSchedule(f"weight_decay: got {self.weight_decay:g}, but a number from 0 to 1 is needed.")
-
-
-@dataclass(frozen=True)
-class IdentityLora:
-    """Adapters for :meth:`Denoiser.adapters`, on the CPU, and how they were found.
-
-    ``losses`` is the mean squared error of every step's random noise levels. ``before`` and ``after`` are that at
-    :data:`PROBES` fixed noises, evenly spread over the levels, and can be compared. ``evaluations`` and ``backwards``
-    count passes of the network per picture and noise level, those for ``before`` and ``after`` too. ``recompute`` says
-    whether blocks were computed twice in the end.
-    """
-
-    adapters: dict[str, LowRank] = field(repr=False)
-    losses: list[float] = field(repr=False)
-    before: float
-    after: float
-    rank: int
-    evaluations: int
-    backwards: int
-    recompute: bool
-    seconds: float
 
 
 def train(
@@ -86,28 +30,30 @@ def train(
     training: LoraTraining | None = None,
     callback: Callback | None = None,
 ) -> IdentityLora:
-    """Train a LoRA on the pictures ``x0`` ``[B, C, h, w]``, clean latents in the model's scale, under ``cond``.
+    """Train a LoRA on the images ``x0`` ``[B, C, h, w]``, clean latents in the model's scale, under ``cond``.
 
-    Needs a host run with ``gradients=True``. AdamW with constant rate. Several pictures are taken at random, one for
+    Needs a host run with ``gradients=True``. AdamW with constant rate. Several images are taken at random, one for
     each noise level. All randomness comes from ``training.seed`` and is the same on every device.
 
     Args:
-        cond: words that describe the pictures; one condition for all of them.
+        cond: words that describe the images; one condition for all of them.
         sigmas: ``[T]``, the noise levels of the model's training, :meth:`Host.training_sigmas`.
         callback: see :data:`Callback`; an exception it raises stops everything, as does :meth:`Denoiser.progress`.
 
     Raises:
         InvalidImage: not a latent.
         UnsupportedModel: a model whose attention projections the host does not know.
-        RetraceError: a condition for several pictures, or the model answers NaN.
+        InvalidInput: a condition for several images.
+        RetraceError: the model answers NaN.
     """
     training = training or LoraTraining()
     x0 = check_latent("latent", x0).to(model.device, torch.float32)
     prompts = len(cond.embedding)
     if prompts != 1:
-        raise RetraceError(
-            f"The condition holds {prompts} prompts, but one that describes the picture is needed. Several pictures of "
-            "one thing share it."
+        raise InvalidInput(
+            f"The condition holds {prompts} prompts, but one that describes the image is needed; several images of one "
+            "thing share it.",
+            Remedy.CONNECT_PROMPT,
         )
     started, before = time.perf_counter(), model.evaluations
     generator = torch.Generator().manual_seed(training.seed)
@@ -121,15 +67,15 @@ def train(
     finally:  # a traceback may keep this frame for long
         task.forget()
     return IdentityLora(
-        {name: LowRank(a.down.detach().cpu(), a.up.detach().cpu()) for name, a in adapters.items()},
-        losses,
-        first,
-        last,
-        training.rank,
-        model.evaluations - before,
-        task.backwards,
-        task.recompute,
-        round(time.perf_counter() - started, 3),
+        adapters={name: LowRank(a.down.detach().cpu(), a.up.detach().cpu()) for name, a in adapters.items()},
+        losses=losses,
+        before=first,
+        after=last,
+        evaluations=model.evaluations - before,
+        backwards=task.backwards,
+        recompute=task.recompute,
+        seconds=round(time.perf_counter() - started, 3),
+        training=training,
     )
 
 
@@ -138,11 +84,13 @@ def initial_adapters(
 ) -> dict[str, LowRank]:
     """Adapters that change nothing yet: ``down`` from N(0, 1 / rank^2), ``up`` 0 (as diffusers' ``LoRALinearLayer``).
 
-    The tensors are float32 and require gradients. Raises :class:`RetraceError` where there is nothing
-    to adapt.
+    The tensors are float32 and require gradients.
+
+    Raises:
+        UnsupportedModel: there is nothing to adapt.
     """
     if not projections:
-        raise RetraceError("This model has no attention layers, so there is nothing that a LoRA could change.")
+        raise UnsupportedModel("This model has no attention layers, so there is nothing that a LoRA could change.")
     with torch.inference_mode(False):
         return {
             name: LowRank(
@@ -156,7 +104,7 @@ def initial_adapters(
 def prediction_error(denoised: Tensor, x0: Tensor, sigma: Tensor, parametrisation: Parametrisation) -> Tensor:
     """The error of what the network predicts, from that of its clean estimate; tensors ``[B, C, h, w]``, sigma ``[B]``.
 
-    ``D = x - sigma eps`` for eps models and ``D = x - sigma v`` for flow models (velocity: noise minus picture), so the
+    ``D = x - sigma eps`` for eps models and ``D = x - sigma v`` for flow models (velocity: noise minus image), so the
     prediction is off by ``(x0 - D) / sigma``. For v models (Salimans & Ho 2022, appendix D) ``D = x / (1 + sigma^2)
     - v sigma / sqrt(1 + sigma^2)``, hence by ``(x0 - D) sqrt(1 + sigma^2) / sigma``.
     """
@@ -167,7 +115,7 @@ def prediction_error(denoised: Tensor, x0: Tensor, sigma: Tensor, parametrisatio
 
 @dataclass(frozen=True)
 class _Batch:
-    """Pictures, noise and noise levels, one of each for every row."""
+    """Images, noise and noise levels, one of each for every row."""
 
     x0: Tensor
     noise: Tensor
@@ -213,7 +161,7 @@ class _Task:
         return losses
 
     def probes(self) -> _Batch:
-        """The same noises for every setting but the size: levels evenly spread, pictures in turn."""
+        """The same noises for every setting but the size: levels evenly spread, images in turn."""
         generator = torch.Generator().manual_seed(0)
         index = (torch.arange(PROBES) * 2 + 1) * len(self.sigmas) // (2 * PROBES)
         noise = torch.randn(PROBES, *self.x0.shape[1:], generator=generator)
@@ -235,11 +183,11 @@ class _Task:
         index = torch.randint(len(self.sigmas), (count,), generator=generator)
         noise = torch.randn(count, *self.x0.shape[1:], generator=generator)
         one = len(self.x0) == 1
-        picture = torch.zeros(count).long() if one else torch.randint(len(self.x0), (count,), generator=generator)
-        return self._batch(picture, noise, index)
+        image = torch.zeros(count).long() if one else torch.randint(len(self.x0), (count,), generator=generator)
+        return self._batch(image, noise, index)
 
-    def _batch(self, picture: Tensor, noise: Tensor, index: Tensor) -> _Batch:
-        return _Batch(self.x0[picture.to(self.x0.device)], noise.to(self.x0), self.sigmas[index].to(self.x0))
+    def _batch(self, image: Tensor, noise: Tensor, index: Tensor) -> _Batch:
+        return _Batch(self.x0[image.to(self.x0.device)], noise.to(self.x0), self.sigmas[index].to(self.x0))
 
     def _step(self, batch: _Batch) -> float:
         """One change of the adapters; the loss before it."""
@@ -293,6 +241,6 @@ class _Task:
             raise RetraceError(
                 "The model, or a gradient through it, is NaN or infinite, so training was stopped. Lower "
                 "learning_rate; if that does not help, run the model in bf16 or in 32-bit (fp16 overflows in some "
-                "models), and check that picture, words and model belong at_once."
+                "models), and check that image, words and model belong together."
             )
         return loss
