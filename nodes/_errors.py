@@ -48,7 +48,6 @@ WIRES = {
     Remedy.TAKE_ONE_IMAGE: "Take one with 'Image From Batch'.",
     Remedy.TAKE_ONE_LATENT: "Take one with 'Latent From Batch'.",
     Remedy.WARP_INSTEAD: "Connect one of these, or use 'Warp and Inpaint', which works with every model.",
-    Remedy.WHOLE_BATCH: "Take out the node that cuts the batch into parts.",
 }
 """What to connect, where ComfyUI has a node for it; other remedies keep the words of the library."""
 

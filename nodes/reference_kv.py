@@ -1,13 +1,16 @@
-"""Reference KV Control: edits look at the reference picture beside them while a sampler works."""
+"""Reference KV Control: edits look at the reference image beside them while a sampler works."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
 from ._errors import reports_errors
 from ._schema import schema
+
+if TYPE_CHECKING:
+    from ..retrace.hosts.comfyui.types import Model
 
 _AUTO = -1
 
@@ -62,7 +65,7 @@ class ReferenceKVControl(io.ComfyNode):
 
     @classmethod
     @reports_errors("Reference KV Control")
-    def execute(cls, model: Any, first_layer: int, start_percent: float, end_percent: float) -> io.NodeOutput:
+    def execute(cls, model: Model, first_layer: int, start_percent: float, end_percent: float) -> io.NodeOutput:
         from ..retrace.hosts.comfyui.patches.reference_kv import patch_reference_kv
 
         first = None if first_layer == _AUTO else first_layer

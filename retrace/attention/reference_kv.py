@@ -1,4 +1,4 @@
-"""Self-attention of an edit that reads the keys and values of a reference picture.
+"""Self-attention of an edit that reads the keys and values of a reference image.
 
 DragDiffusion (Shi et al. 2024, arXiv 2306.14435, "reference-latent-control") denoises the dragged latent beside the
 one it came from. In the later self-attention layers the queries stay the edit's own, so it decides what goes where, and
@@ -18,7 +18,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from ..core.errors import RetraceError
+from ..core.errors import InvalidInput, InvalidSetting, Remedy
 from ..core.host import AttentionCall, Row
 
 
@@ -31,9 +31,9 @@ class ReferenceKV:
 
     Args:
         first_layer: running number (:attr:`AttentionCall.index`) of the first layer that is controlled. The authors use
-            10 of the 16 of SD1.5; :func:`default_first_layer` finds the like in other UNets.
+            10 of the 16 of SD1.5; :func:`default_first_layer` finds the corresponding one in other UNets.
         last_layer: number of the last one, itself included; None is the last of the network.
-        start: noise level at which it begins; as core counts, a step at exactly this level is within.
+        start: noise level at which it begins; a step at exactly this level is within.
         end: noise level at which it ends, likewise.
     """
 
@@ -43,7 +43,7 @@ class ReferenceKV:
     end: float = 0.0
 
     def __call__(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Raises :class:`RetraceError` for a batch without an edit."""
+        """Raises :class:`InvalidInput` for a batch without an edit."""
         if call.kind != "self" or not self.applies(call.index, call.sigma):
             return call.attend(q, k, v)
         rows = list(reference_rows(call.rows))
@@ -63,7 +63,7 @@ def reference_rows(rows: tuple[Row, ...]) -> tuple[int, ...]:
     reference is image 0 the n-th time. The order of the rows does not matter.
 
     Raises:
-        RetraceError: there is no edit, or a reference is missing.
+        InvalidInput: there is no edit, or a reference is missing.
     """
     require_edits(1 + max(row.image for row in rows))
     references: defaultdict[int, list[int]] = defaultdict(list)
@@ -74,9 +74,9 @@ def reference_rows(rows: tuple[Row, ...]) -> tuple[int, ...]:
     found = []
     for row in rows:
         if met[row] >= len(references[row.cond]):
-            raise RetraceError(
+            raise InvalidInput(
                 "An edit is denoised without its reference, image 0 of its batch, so it has nothing to read from. "
-                "Take out the node that cuts the batch into parts."
+                "Denoise the batch as a whole."
             )
         found.append(references[row.cond][met[row]])
         met[row] += 1
@@ -84,12 +84,12 @@ def reference_rows(rows: tuple[Row, ...]) -> tuple[int, ...]:
 
 
 def require_edits(images: int) -> None:
-    """Raises :class:`RetraceError` for a batch of less than two images."""
+    """Raises :class:`InvalidInput` for a batch of fewer than two images."""
     if images < 2:
-        raise RetraceError(
+        raise InvalidInput(
             f"The sampler works on a batch of {images}, but a batch [reference, edit, ...] is needed: the edits take "
-            "keys and values from the first picture. Connect the LATENT of 'Drag Latent Optimizer', or join the "
-            "latents of the two pictures with 'Latent Batch', the reference first."
+            "keys and values from the first image.",
+            Remedy.JOIN_REFERENCE,
         )
 
 
@@ -100,12 +100,12 @@ def default_first_layer(blocks: Sequence[str]) -> int:
     The answer is 10 of the 16 of SD1.x and SD2.x, 34 of the 70 of SDXL, 3 of the 7 of Pebble.
 
     Raises:
-        RetraceError: a network whose decoder has no attention.
+        InvalidSetting: a network whose decoder has no attention, so that the layer must be given.
     """
     levels = sorted({int(block.removeprefix("up.")) for block in blocks if block.startswith("up.")})
     if not levels:
-        raise RetraceError(
-            "This UNet has no attention in its decoder, so there is no layer to begin with by itself. Give first_layer "
-            f"a number from 0 to {max(len(blocks) - 1, 0)}."
+        raise InvalidSetting(
+            "This UNet has no attention in its decoder, so no layer to begin with can be chosen for it. Set "
+            f"first_layer to a number from 0 to {max(len(blocks) - 1, 0)}."
         )
     return list(blocks).index(f"up.{levels[-2:][0]}")

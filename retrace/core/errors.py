@@ -34,7 +34,6 @@ class Remedy(Enum):
     TAKE_ONE_IMAGE = "Take one image out of the batch (image[:1])."
     TAKE_ONE_LATENT = "Take one latent out of the batch (latent[:1])."
     WARP_INSTEAD = "Use one of these, or warp the image by its points, which needs no model."
-    WHOLE_BATCH = "Denoise the batch as a whole."
 
 
 class RetraceError(ValueError):

@@ -259,5 +259,5 @@ class TestCoreSamplers:
     def test_a_window_the_wrong_way_round(self, comfy_subject: Any) -> None:
         from retrace.hosts.comfyui.patches.reference_kv import patch_reference_kv
 
-        with pytest.raises(RetraceError, match=r"starts at 0.5 and ends at 0.2"):
+        with pytest.raises(RetraceError, match=r"starts at 0.5 but ends at 0.2"):
             patch_reference_kv(comfy_subject.host.model, start_percent=0.5, end_percent=0.2)

@@ -57,7 +57,7 @@ class TestRows:
 
     def test_a_single_image_is_refused(self) -> None:
         q, k, v = tensors(2)
-        with pytest.raises(RetraceError, match=r"batch of 1.*\[reference, edit.*Latent Batch"):
+        with pytest.raises(RetraceError, match=r"batch of 1.*\[reference, edit.*the reference first"):
             ReferenceKV(0)(call(batch([0, 1], 1)), q, k, v)
 
     def test_an_edit_without_its_reference_is_refused(self) -> None:
