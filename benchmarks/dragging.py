@@ -40,7 +40,7 @@ from retrace.drag.latent.edit import drag_points
 from retrace.drag.latent.settings import DragSettings
 from retrace.drag.latent.task import DragSource
 from retrace.drag.points import DragPoints, PointPair
-from retrace.drag.warp.apply import warp_by_points
+from retrace.drag.warp.apply import WarpSettings, warp_by_points
 from retrace.hosts.diffusers import DiffusersHost
 from retrace.metrics import psnr
 from retrace.models.pebble.scenes import SIZE, Object, Scene, instance_masks, render, sample_scene, scene_rng
@@ -86,11 +86,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Warping:
-    """The row that moves pixels: inputs of Warp and Inpaint by their names, and how the hole is painted."""
+    """The row that moves pixels, and how the hole is painted."""
 
     margin: float = 4.0  # pixels around the object that move with it
-    grow: int = 3
-    border: int = 2
+    settings: WarpSettings = field(default_factory=lambda: WarpSettings(grow=3))
     painting: Painting = REMOVAL
     lora = False
 
@@ -203,7 +202,7 @@ def warp(host: DiffusersHost, job: Task, recipe: Warping) -> Score:
     """Move the pixels of the object, paint what that uncovers, and read the picture."""
     started = time.perf_counter()
     own = instance_masks(job.scene, recipe.margin)
-    moved = warp_by_points(job.points, own, "rigid", recipe.grow, recipe.border)
+    moved = warp_by_points(job.points, own, recipe.settings)
     picture, words = moved.image[0], Scene(job.scene.ground).caption()
     hole = Hole(picture, picture, moved.inpaint[0], words, "", words, lambda _: True)
     painted, evaluations = paint(host, [hole], recipe.painting, seed=0)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, cast, get_args
+from typing import get_args
 
 import torch
 from comfy_api.latest import io, ui
 
-from ..retrace.drag.warp.apply import warp_by_points
+from ..retrace.drag.warp.apply import WarpSettings, warp_by_points
 from ..retrace.drag.warp.deformation import Mode
 from ._checks import require_points
 from ._errors import reports_errors
@@ -94,19 +94,21 @@ class WarpAndInpaint(io.ComfyNode):
     @reports_errors("Warp and Inpaint")
     def execute(
         cls,
-        points: Any,
-        mode: str,
+        points: object,
+        mode: Mode,
         grow: int,
         border: int,
         feather: float,
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        result = warp_by_points(require_points(points), mask, cast(Mode, mode), grow, border, feather)
-        shown: dict[str, Any] = ui.PreviewImage(result.image, cls=cls).as_dict()
+        settings = WarpSettings(mode=mode, grow=grow, border=border, feather=feather)
+        result = warp_by_points(require_points(points), mask, settings)
+        report = result.text()
+        preview = ui.PreviewImage(result.image, cls=cls)
         return io.NodeOutput(
             result.image,
             result.inpaint,
             result.moved,
-            result.report,
-            ui={**shown, **ui.PreviewText(result.report).as_dict()},
+            report,
+            ui={**preview.as_dict(), **ui.PreviewText(report).as_dict()},
         )

@@ -1,4 +1,4 @@
-"""A smooth continuation of a picture into a region of which nothing is known."""
+"""A smooth continuation of an image into a region of which nothing is known."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def fill_smoothly(image: Tensor, unknown: Tensor, wanted: Tensor) -> Tensor:
     """Colours ``[N, 3]`` for the ``wanted`` pixels (``[H, W]`` bool, all of them ``unknown``) of ``image [H, W, 3]``.
 
     Nearly the membrane through the known pixels around the region (Laplace's equation), solved once from coarse to
-    fine: each level halves the picture, starts the unknown pixels from the level above, and takes the mean of each
+    fine: each level halves the image, starts the unknown pixels from the level above, and takes the mean of each
     one's neighbours a few times. Without a known pixel it is the mean colour.
     """
     if not bool(wanted.any()):

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..core.errors import require
-from ..drag.points import Point
 
 
 def connected_parts(selected: Tensor) -> tuple[NDArray[np.int32], int]:
@@ -25,7 +24,7 @@ def connected_parts(selected: Tensor) -> tuple[NDArray[np.int32], int]:
     return labels, int(count)
 
 
-def part_of_each(labels: NDArray[np.int32], places: Sequence[Point]) -> list[tuple[int, float]]:
+def part_of_each(labels: NDArray[np.int32], places: Sequence[tuple[float, float]]) -> list[tuple[int, float]]:
     """For every place (x, y) in pixels the part that it lies on, or the nearest one, and how far away that is."""
     height, width = labels.shape
     rows, columns = np.nonzero(labels)

@@ -1,6 +1,6 @@
 """Motion supervision and point tracking (DragGAN: Pan et al. 2023; DragDiffusion: Shi et al. 2024, eqs. 3 and 4).
 
-Both look at the feature map of one picture on a grid finer than the map itself. They need it at a few dozen places, so
+Both look at the feature map of one image on a grid finer than the map itself. They need it at a few dozen places, so
 it is resized only there; the result is that of ``interpolate(..., mode="bilinear")`` on the whole map.
 
 Positions are (row, column) on the grid, handles and targets ``[P, 2]``.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class FeatureGrid:
-    """The feature map ``[C, h, w]`` of one picture, seen on a grid of ``height`` by ``width``."""
+    """The feature map ``[C, h, w]`` of one image, seen on a grid of ``height`` by ``width``."""
 
     def __init__(self, features: Tensor, height: int, width: int) -> None:
         self.height, self.width = height, width
@@ -73,7 +73,7 @@ def motion_loss(
 
     For every point at least ``stop_radius`` from its target: the mean over channels of ``|sg(F(q)) - F(q + d)|``, d
     being ``step`` in the direction of the target (never beyond it), summed over the patch of that ``radius``. No
-    gradient flows to the first term. Pixels outside the picture are left out and the others count for them, where the
+    gradient flows to the first term. Pixels outside the image are left out and the others count for them, where the
     reference's patches lose their shape; steps beyond the border read the border.
     """
     away = targets - handles
@@ -86,7 +86,7 @@ def motion_loss(
 
 
 def patch_sum(difference: Tensor, inside: Tensor, active: Tensor) -> Tensor:
-    """Sum of ``[P, N]`` over active points; in each the mean over pixels inside the picture stands for all N."""
+    """Sum of ``[P, N]`` over active points; in each the mean over pixels inside the image stands for all N."""
     pixels = difference.shape[1]
     mean = (difference * inside).sum(1) / inside.sum(1).clamp(min=1)
     return (mean * active).sum() * pixels
@@ -96,7 +96,7 @@ def track(grid: FeatureGrid, templates: Tensor, handles: Tensor, radius: int) ->
     """Where each point is now ``[P, 2]``: the place around its handle that looks most like its template (eq. 4).
 
     ``templates`` ``[P, C]`` are the features at the first handles before anything moved. The smallest sum of absolute
-    differences over channels wins, the first one in reading order among equals; the search stays on the picture.
+    differences over channels wins, the first one in reading order among equals; the search stays on the image.
     """
     candidates = handles[:, None] + square(radius, handles.device)
     with torch.no_grad():  # point by point, because the features of all candidates of all points can be gigabytes

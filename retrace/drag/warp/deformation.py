@@ -9,7 +9,7 @@
 All three are interpolations: a target comes from exactly its handle. One point is a shift in all of them.
 
 A single such map folds over itself where neighbouring points part company by more than half their distance: a part of
-the picture then shows twice. So the motion is divided into as many small steps as it takes for none of them to fold
+the image then shows twice. So the motion is divided into as many small steps as it takes for none of them to fold
 (each is a map from the points' places at one time to those a little earlier), and a composition of maps without folds
 has none.
 """
@@ -19,17 +19,18 @@ from __future__ import annotations
 import cmath
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...core.errors import InvalidPoints
+from ...core.errors import InvalidPoints, Remedy
 from ..points import Point
 
 Mode = Literal["rigid", "scale", "stretch"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 TOGETHER = 0.5
 """Pixels: points nearer than this are one."""
@@ -50,7 +51,7 @@ class Deformation:
 
     def __init__(self, handles: Sequence[Point], targets: Sequence[Point], mode: Mode, numbers: Sequence[int] = ()):
         if not handles:
-            raise InvalidPoints("points: there are none. Place at least one handle with its target.")
+            raise InvalidPoints("points: there are none.", Remedy.PLACE_POINTS)
         start = np.array([complex(*point) for point in handles])
         end = np.array([complex(*point) for point in targets])
         kept = _distinct(start, end, numbers or range(1, len(start) + 1))
@@ -115,21 +116,21 @@ def _distinct(start: _Places, end: _Places, numbers: Sequence[int]) -> list[int]
         for j in near:
             if abs(start[i] - start[j]) >= TOGETHER:
                 raise InvalidPoints(
-                    f"points: {numbers[j]} and {numbers[i]} have one target at {_shown(end[i])} px, but two handles: "
-                    "two parts of a picture cannot come to lie on one place. Move one of the targets, or delete one "
+                    f"points: {numbers[j]} and {numbers[i]} have one target at {_pixels(end[i])} px, but two handles: "
+                    "two parts of an image cannot land in one place. Move one of the targets, or delete one "
                     "of the points."
                 )
             if abs(end[i] - end[j]) >= TOGETHER:
                 raise InvalidPoints(
-                    f"points: {numbers[j]} and {numbers[i]} have one handle at {_shown(start[i])} px, but two targets: "
-                    "one part of a picture cannot go to two places. Delete one of them, or move its handle."
+                    f"points: {numbers[j]} and {numbers[i]} have one handle at {_pixels(start[i])} px, but two "
+                    "targets: one part of an image cannot go to two places. Delete one of them, or move its handle."
                 )
         if not near:
             kept.append(i)
     return kept
 
 
-def _shown(place: complex) -> str:
+def _pixels(place: complex) -> str:
     return f"({place.real:.1f}, {place.imag:.1f})"
 
 

@@ -1,4 +1,4 @@
-"""A deformation on the pixels of a picture: where it leads, how far each pixel has come, and what lies there."""
+"""A deformation on the pixels of an image: where it leads, how far each pixel has come, and what lies there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _EXACT = 0.03  # px
 def displacement(deformation: Deformation, top: int, left: int, size: tuple[int, int], device: torch.device) -> Tensor:
     """Displacement ``[2, h, w]`` (x, y) in pixels from the pixels of a window to where they were before.
 
-    Worked out for a grid of pixels and linear in between, so that large pictures with many points take no longer; but
+    Worked out for a grid of pixels and linear in between, so that large images with many points take no longer; but
     for every pixel of a cell where that would be wrong by more than :data:`_EXACT`, the most bent ones first.
     """
     cost = deformation.places.size
@@ -60,7 +60,7 @@ def _bend(grid: Tensor) -> Tensor:
 
 
 def reached_window(deformation: Deformation, shape: Tensor) -> tuple[slice, slice] | None:
-    """The window of the picture that ``shape`` ``[H, W]`` may move into, found on a grid; None for nowhere."""
+    """The window of the image that ``shape`` ``[H, W]`` may move into, found on a grid; None for nowhere."""
     height, width = shape.shape
     rows, columns = (-(-side // _COARSEST) + 1 for side in (height, width))
     y = (torch.arange(rows, device=shape.device) * float(_COARSEST))[:, None].expand(rows, columns)
