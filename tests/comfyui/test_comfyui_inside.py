@@ -99,3 +99,16 @@ except InvalidPoints as error:
     print(error)
 """)
     assert out.splitlines()[-1].startswith("Drag Points: there are no points."), out
+
+
+def test_loading_the_nodes_imports_nothing_heavy(inside: Run) -> None:
+    """ComfyUI waits for this at every start: no package that it has not loaded itself, and none of our host."""
+    out = inside("""
+import comfy.samplers, comfy_api.latest
+before = set(sys.modules)
+import pack.nodes
+new = {name for name in set(sys.modules) - before}
+print(sorted({name.split(".")[0] for name in new} - {"pack"} - set(sys.stdlib_module_names)))
+print([name for name in new if name.startswith(("pack.retrace.hosts.", "pack.retrace.training", "pack.retrace.cli"))])
+""")
+    assert out.splitlines()[-2:] == ["[]", "[]"], out
