@@ -95,6 +95,11 @@ def ancestral_step(
     return mean + math.sqrt(sigma_next**2 - down**2) * noise
 
 
+def generator_of(seed: int | torch.Generator) -> torch.Generator:
+    """A generator of the CPU that begins at ``seed``; one that is given goes on where it is."""
+    return seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+
+
 def ancestral_steps(generator: torch.Generator, parametrisation: Parametrisation) -> Step:
     """:func:`ancestral_step` with noise drawn from ``generator``, a generator of the CPU."""
 

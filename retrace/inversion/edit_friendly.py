@@ -27,7 +27,7 @@ from ..core.checks import check_latent, check_steps
 from ..core.errors import InvalidSetting, TrajectoryMismatch
 from ..core.host import Conditioning, Denoiser, Origin, Parametrisation, add_noise, picture_share
 from ..core.report import memory_lines
-from ..core.sampling import Callback, SampleStep, ddpm_mean, guided_estimate, require_finite, steps_of
+from ..core.sampling import Callback, SampleStep, ddpm_mean, generator_of, guided_estimate, require_finite, steps_of
 from ..core.schedule import check_sigmas, shown
 from ..core.trajectory import Trajectory
 
@@ -114,7 +114,7 @@ def ddpm_levels(sigma: float, sigma_next: float, eta: float, parametrisation: Pa
 class EditFriendlySettings:
     """How to find the noises.
 
-    ``scale`` is the guidance of the source, ``seed`` that of the independent noises, ``batch`` how many steps share a
+    ``scale`` is the guidance of the source, ``seed`` that of the independent noises (or a generator to draw them from), ``batch`` how many steps share a
     call of the model, ``eta`` in (0, 1] how much of the noise is new at every step; 1 is DDPM.
 
     Raises:
@@ -123,7 +123,7 @@ class EditFriendlySettings:
     """
 
     scale: float = 3.5
-    seed: int = 0
+    seed: int | torch.Generator = 0
     batch: int = 4
     eta: float = 1.0
 
@@ -207,7 +207,7 @@ def invert_edit_friendly(
         "evaluations": model.evaluations - before,
         "seconds": round(time.perf_counter() - started, 3),
         "scale": scale,
-        "seed": settings.seed,
+        "seed": settings.seed if isinstance(settings.seed, int) else settings.seed.initial_seed(),
         "batch": batch,
         "strengths": [float(noises[i].square().mean().sqrt()) for i in moving if levels[i + 1] > 0],
     }
@@ -267,9 +267,9 @@ def without_first_steps(sigmas: Tensor, skip: float) -> Tensor:
     return sigmas[min(round(skip * steps), steps - 1) :]
 
 
-def _noised(x0: Tensor, levels: list[float], seed: int, parametrisation: Parametrisation) -> Tensor:
+def _noised(x0: Tensor, levels: list[float], seed: int | torch.Generator, parametrisation: Parametrisation) -> Tensor:
     """``x0`` at every level, each with a noise of its own, ``[N + 1, B, C, h, w]``; drawn from the lowest level up."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     latents = []
     for level in reversed(levels):
         if level == levels[-1]:

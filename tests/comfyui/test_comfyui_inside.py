@@ -109,6 +109,6 @@ before = set(sys.modules)
 import pack.nodes
 new = {name for name in set(sys.modules) - before}
 print(sorted({name.split(".")[0] for name in new} - {"pack"} - set(sys.stdlib_module_names)))
-print([name for name in new if name.startswith(("pack.retrace.hosts.", "pack.retrace.training", "pack.retrace.cli"))])
+print([name for name in new if name.startswith(("pack.retrace.hosts.", "pack.retrace.training.", "pack.retrace.cli."))])
 """)
     assert out.splitlines()[-2:] == ["[]", "[]"], out

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...core.errors import InvalidSchedule, TrajectoryMismatch
 from ...core.host import Conditioning, Denoiser, add_noise
 from ...core.report import cost_line, memory_lines
-from ...core.sampling import ddim_step, require_finite, steps_of
+from ...core.sampling import ddim_step, generator_of, require_finite, steps_of
 from ...core.schedule import check_sigmas
 from ...core.trajectory import Trajectory
 from ..invert import latent_psnr
@@ -133,7 +133,7 @@ def optimise_null_text(
     started = time.perf_counter()
     before = model.evaluations
     pivots = trajectory.latents.to(model.device, torch.float32)
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = generator_of(settings.seed)
     if settings.mode == "random_pivot":
         noise = torch.randn(pivots[0].shape, generator=generator).to(pivots)
         pivots = torch.stack([add_noise(pivots[-1], noise, s, model.parametrisation) for s in levels])

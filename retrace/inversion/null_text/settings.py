@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+import torch
+
 from ...core.checks import check_steps
 from ...core.errors import InvalidSetting
 
@@ -32,7 +34,7 @@ class NullTextSettings:
         iterations: most changes of an embedding per step.
         learning_rate: of step i of N, ``learning_rate * (1 - i / 2N)``.
         early_stop: step i is finished when its loss is below ``early_stop + 2e-5 * 50 i / N``; 0 never stops early.
-        seed: of the noise of ``random_pivot``, ``no_pivot`` and ``prompt_no_pivot``.
+        seed: or a generator, for the noise of ``random_pivot``, ``no_pivot`` and ``prompt_no_pivot``.
         start: the embedding that the quick loop begins with. At that of ``cond`` there is little to change (negative-
             prompt inversion). From that of ``uncond``, where the paper begins, it takes about five times the
             evaluations, and the way back is as good; but the result stays near an empty prompt, so guidance pushes a
@@ -51,7 +53,7 @@ class NullTextSettings:
     iterations: int = 10
     learning_rate: float = 1e-2
     early_stop: float = 1e-5
-    seed: int = 0
+    seed: int | torch.Generator = 0
     start: Start = "cond"
     loop: Loop = "quick"
     schedule_steps: int | None = None
