@@ -114,8 +114,11 @@ def ddpm_levels(sigma: float, sigma_next: float, eta: float, parametrisation: Pa
 class EditFriendlySettings:
     """How to find the noises.
 
-    ``scale`` is the guidance of the source, ``seed`` that of the independent noises (or a generator to draw them from), ``batch`` how many steps share a
-    call of the model, ``eta`` in (0, 1] how much of the noise is new at every step; 1 is DDPM.
+    Attributes:
+        scale: the guidance of the source.
+        seed: of the independent noises, or a generator to draw them from.
+        batch: how many steps share a call of the model.
+        eta: in (0, 1], how much of the noise is new at every step; 1 is DDPM.
 
     Raises:
         InvalidSetting: a guidance or eta that cannot be.
