@@ -22,7 +22,7 @@ from retrace.blending.blend import BlendSettings, keep_source
 from retrace.blending.paste import paste_background
 from retrace.blending.sample import Sampling, first_latent, sample_blended
 from retrace.clip_guidance import Augmentations, ClipGuidance, GuidedRun, Schedule, View, Weights
-from retrace.core.sampling import sample_ddim
+from retrace.core.sampling import ancestral_steps, cfg, sample, steered
 from retrace.hosts.diffusers import DiffusersHost
 from retrace.masks import mask_precision
 from retrace.models.clip.model import ImageTextModel, load_image_text_model
@@ -115,8 +115,9 @@ def edit(
         else:
             noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))
             start = first_latent(x0, noise, float(sigmas[0]), highest, host.parametrisation)
-            anew = torch.Generator().manual_seed(seed + 1)
-            found_latent = sample_ddim(model, start, sigmas, conds["empty"], ancestral=anew, guide=guide)
+            estimate = cfg(model, conds["empty"])
+            steps = ancestral_steps(torch.Generator().manual_seed(seed + 1), host.parametrisation)
+            found_latent = sample(model, start, sigmas, steered(estimate, guide) if guide else estimate, steps)
         return found_latent, model.evaluations, run.backwards if run else 0
 
     back, evaluations, backwards = host.run(latent, {"empty": host.encode_text("")}, work, gradients=True)

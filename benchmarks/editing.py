@@ -17,10 +17,12 @@ from typing import Any
 from torch import Tensor
 
 from retrace import prompt_to_prompt as p2p
+from retrace.core.host import Conditioning
 from retrace.hosts.diffusers import DiffusersHost
-from retrace.inversion.edit_friendly import invert_edit_friendly, sample_edit_friendly
+from retrace.inversion.edit_friendly import EditFriendlySettings, invert_edit_friendly, sample_edit_friendly
 from retrace.inversion.invert import invert
-from retrace.inversion.null_text.optimise import Start, optimise_null_text
+from retrace.inversion.null_text.optimise import optimise_null_text
+from retrace.inversion.null_text.settings import NullTextSettings, Start
 from retrace.metrics import psnr
 from retrace.models.pebble.scenes import COLOURS, SHAPES, Scene, heldout, instance_masks, render_batch
 from retrace.prompt_to_prompt.proximal import Proximal
@@ -42,7 +44,7 @@ SHARES = {"colour": (0.8, 0.4), "shape": (0.3, 0.05)}  # cross_replace and self_
 
 @dataclass(frozen=True)
 class Task:
-    """One edit: a picture, the scene it shows, the scene it shall show."""
+    """One edit: a picture, the scene it shows, the scene it should show."""
 
     kind: str
     source: Scene
@@ -64,28 +66,27 @@ class Setting:
     edit: p2p.PromptToPrompt
 
     def inverted(self) -> Any:
-        return invert(self.model, self.latent, self.sigmas, self.conds["source"], method="ddim")
+        return invert(self.model, self.latent, self.sigmas, self.conds["source"])
 
-    def sample(self, noise: Tensor, **settings: Any) -> Tensor:
+    def sample(self, noise: Tensor, options: p2p.EditSampling, uncond: Conditioning | None = None) -> Tensor:
         """The edited latent."""
-        uncond = settings.pop("uncond", self.conds["empty"])
-        return p2p.sample_edit(self.model, noise, self.sigmas, self.conds["all"], uncond, GUIDANCE, **settings)[1:]
+        negative = self.conds["empty"] if uncond is None else uncond
+        return p2p.sample_edit(self.model, noise, self.sigmas, self.conds["all"], negative, GUIDANCE, options)[1:]
 
 
 def resampled(s: Setting) -> Tensor:
-    return s.sample(s.inverted().noise)
+    return s.sample(s.inverted().noise, p2p.EditSampling())
 
 
 def ddim(s: Setting) -> Tensor:
-    return s.sample(s.inverted().noise, edit=s.edit)
+    return s.sample(s.inverted().noise, p2p.EditSampling(s.edit))
 
 
 def null_text(s: Setting, start: Start = "cond") -> Tensor:
     path = s.inverted()
-    optimised = optimise_null_text(
-        s.model, path, s.conds["source"], s.conds["empty"], GUIDANCE, start=start, only_text_differs=True
-    )
-    return s.sample(path.noise, edit=s.edit, null_text=list(optimised.embeddings))
+    settings = NullTextSettings(GUIDANCE, start=start)
+    optimised = optimise_null_text(s.model, path, s.conds["source"], s.conds["empty"], settings, only_text_differs=True)
+    return s.sample(path.noise, p2p.EditSampling(s.edit, null_text=list(optimised.embeddings)))
 
 
 def null_text_from_negative(s: Setting) -> Tensor:
@@ -93,22 +94,18 @@ def null_text_from_negative(s: Setting) -> Tensor:
 
 
 def negative_prompt(s: Setting) -> Tensor:
-    return s.sample(
-        s.inverted().noise,
-        uncond=s.conds["source"],
-        edit=s.edit,
-        source_needs_no_guidance=True,
-        proximal=Proximal(0.7),
-    )
+    options = p2p.EditSampling(s.edit, source_needs_no_guidance=True, proximal=Proximal(0.7))
+    return s.sample(s.inverted().noise, options, uncond=s.conds["source"])
 
 
 def direct(s: Setting) -> Tensor:
     path = s.inverted()
-    return s.sample(path.noise, edit=s.edit, source=path)
+    return s.sample(path.noise, p2p.EditSampling(s.edit, source=path))
 
 
 def edit_friendly(s: Setting) -> Tensor:
-    found_noise = invert_edit_friendly(s.model, s.latent, s.sigmas, s.conds["source"], s.conds["empty"], 3.5, seed=0)
+    settings = EditFriendlySettings(3.5, seed=0)
+    found_noise = invert_edit_friendly(s.model, s.latent, s.sigmas, s.conds["source"], s.conds["empty"], settings)
     return sample_edit_friendly(s.model, found_noise, s.conds["target"], s.conds["empty"], GUIDANCE, skip=STEPS // 3)
 
 
@@ -146,13 +143,9 @@ def run(host: DiffusersHost, task: Task, method: Callable[[Setting], Tensor], bl
     words = [o.colour if task.kind == "colour" else o.shape for o in (*task.source.objects, *task.target.objects)]
     words += [task.source.objects[0].shape]
     cross, self_attention = SHARES[task.kind]
-    edit = p2p.plan(
-        prompts[0],
-        prompts[1:],
-        cross_replace=(0.0, cross),
-        self_replace=(0.0, self_attention),
-        blend=p2p.local_blend(prompts, words) if blend else None,
-    )
+    settings = p2p.PlanSettings(cross_replace=(0.0, cross), self_replace=(0.0, self_attention))
+    local = p2p.local_blend(prompts, p2p.BlendWords(words)) if blend else None
+    edit = p2p.plan(prompts[0], prompts[1:], settings, local)
     source, target = task.texts
     conds = {"source": source, "target": target, "all": task.texts, "empty": ""}
     sigmas = host.sigmas("ddim_uniform", STEPS)

@@ -17,6 +17,7 @@ from retrace.core.sampling import sample_ddim
 from retrace.hosts.diffusers import DiffusersHost
 from retrace.inversion.invert import invert
 from retrace.inversion.null_text.optimise import NullText, optimise_null_text
+from retrace.inversion.null_text.settings import NullTextSettings
 from retrace.metrics import psnr
 from retrace.models.pebble.scenes import Scene, heldout, render_batch
 
@@ -32,14 +33,14 @@ SECTION = Section(
 STEPS, GUIDANCE = 50, 7.5
 FIRST = 300_000  # of the held-out scenes; no other measurement looks at these
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "null-text (default)": {},
-    "null-text, the reference's loop": {"parity": True},
-    "one embedding for all steps": {"mode": "global"},
-    "random pivot": {"mode": "random_pivot"},
-    "no pivot": {"mode": "no_pivot"},
-    "the prompt instead (textual inversion)": {"mode": "prompt"},
-    "the prompt, no pivot": {"mode": "prompt_no_pivot"},
+VARIANTS: dict[str, NullTextSettings] = {
+    "null-text (default)": NullTextSettings(GUIDANCE),
+    "null-text, the reference's loop": NullTextSettings(GUIDANCE).reference(),
+    "one embedding for all steps": NullTextSettings(GUIDANCE, "global"),
+    "random pivot": NullTextSettings(GUIDANCE, "random_pivot"),
+    "no pivot": NullTextSettings(GUIDANCE, "no_pivot"),
+    "the prompt instead (textual inversion)": NullTextSettings(GUIDANCE, "prompt"),
+    "the prompt, no pivot": NullTextSettings(GUIDANCE, "prompt_no_pivot"),
 }
 
 
@@ -53,18 +54,18 @@ def walk_back(model: Any, found: NullText, cond: Any, uncond: Any) -> Tensor:
     return x
 
 
-def measure(host: DiffusersHost, scene: Scene, options: dict[str, Any] | None) -> tuple[float, int, int]:
-    """PSNR, evaluations and backward passes; without ``options`` that of plain guided sampling."""
+def measure(host: DiffusersHost, scene: Scene, settings: NullTextSettings | None) -> tuple[float, int, int]:
+    """PSNR, evaluations and backward passes; without ``settings`` that of plain guided sampling."""
     picture = to_nhwc(render_batch([scene]))
     sigmas = host.sigmas("ddim_uniform", STEPS)
     conds = {"cond": host.encode_text(scene.caption(with_ground=False)), "uncond": host.encode_text("")}
 
     def method(model: Any, latent: Tensor, c: Any) -> tuple[Tensor, int, int]:
         cond, uncond = c["cond"], c["uncond"]
-        path = invert(model, latent, sigmas, cond, method="ddim")
-        if options is None:
+        path = invert(model, latent, sigmas, cond)
+        if settings is None:
             return sample_ddim(model, path.noise, sigmas, cond, uncond, GUIDANCE), 2 * STEPS, 0
-        found = optimise_null_text(model, path, cond, uncond, GUIDANCE, only_text_differs=True, **options)
+        found = optimise_null_text(model, path, cond, uncond, settings, only_text_differs=True)
         return walk_back(model, found, cond, uncond), found.evaluations, found.backwards
 
     back, evaluations, backwards = host.run(host.encode_image(picture), conds, method, gradients=True)
@@ -84,11 +85,11 @@ def main() -> None:
     conditions = f"{args.scenes} scenes, {STEPS} steps, guidance {GUIDANCE}, autoencoder {bound:.2f} dB"
     print(f"{conditions}\n")
     table = Table("embeddings", "PSNR", "evaluations", "backward passes", "seconds")
-    for name, options in {"plain (DDIM inversion)": None, **VARIANTS}.items():
+    for name, settings in {"plain (DDIM inversion)": None, **VARIANTS}.items():
         if args.only and not any(word.lower() in name.lower() for word in args.only):
             continue
         start = time.perf_counter()
-        results = torch.tensor([measure(host, scene, options) for scene in scenes])
+        results = torch.tensor([measure(host, scene, settings) for scene in scenes])
         seconds = (time.perf_counter() - start) / len(scenes)
         db, evaluations, backwards = results.mean(0).tolist()
         table.add(name, f"{db:.2f} dB", f"{evaluations:.0f}", f"{backwards:.0f}", f"{seconds:.1f}")

@@ -20,7 +20,7 @@ from retrace.cli.edit import EditPrompts, EditSettings, edit_image
 from retrace.cli.main import example_mask
 from retrace.core.sampling import sample_ddim
 from retrace.hosts.diffusers import DiffusersHost
-from retrace.inversion.invert import Method, invert
+from retrace.inversion.invert import InversionSettings, Method, invert
 from retrace.metrics import psnr
 from retrace.models.pebble.scenes import Scene, heldout, render_batch, sample_scene, scene_rng
 from retrace.models.pebble.weights import weights_folder
@@ -136,7 +136,7 @@ def inversion_round_trip(host: Any, count: int) -> Result:
             sigmas = host.sigmas(scheduler, steps)
 
             def round_trip(model: Any, x0: Tensor, c: Any, method: Method = method, sigmas: Tensor = sigmas) -> Tensor:
-                trajectory = invert(model, x0, sigmas, c["positive"], method=method)
+                trajectory = invert(model, x0, sigmas, c["positive"], InversionSettings(method))
                 return sample_ddim(model, trajectory.noise.to(x0), sigmas, c["positive"])
 
             back = host.decode_latent(host.run(latents, cond, round_trip))

@@ -60,16 +60,14 @@ def reweighted(host: DiffusersHost, scene: Scene, word: str) -> Tensor:
     conds = {"source": host.encode_text(text), "both": host.encode_text([text, text]), "empty": host.encode_text("")}
 
     def work(model: Any, latent: Tensor, c: Any) -> Tensor:
-        path = invert(model, latent, sigmas, c["source"], method="ddim")
-        edits = [
-            p2p.plan(prompts[0], prompts[1:], cross_replace=(0.0, 1.0), self_replace=(0.0, 0.0), weights={word: weight})
-            for weight in WEIGHTS
-        ]
-        samples = [
-            p2p.sample_edit(model, path.noise, sigmas, c["both"], c["empty"], GUIDANCE, edit=edit, source=path)[1:]
-            for edit in edits
-        ]
-        return torch.cat(samples)
+        path = invert(model, latent, sigmas, c["source"])
+
+        def sampled(weight: float) -> Tensor:
+            settings = p2p.PlanSettings(cross_replace=(0.0, 1.0), self_replace=(0.0, 0.0), weights={word: weight})
+            options = p2p.EditSampling(p2p.plan(prompts[0], prompts[1:], settings), source=path)
+            return p2p.sample_edit(model, path.noise, sigmas, c["both"], c["empty"], GUIDANCE, options)[1:]
+
+        return torch.cat([sampled(weight) for weight in WEIGHTS])
 
     picture = to_nhwc(render_batch([scene]))
     return host.decode_latent(host.run(host.encode_image(picture), conds, work))

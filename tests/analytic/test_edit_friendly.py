@@ -11,10 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrace.core.errors import InvalidImage, InvalidSchedule, RetraceError, TrajectoryMismatch
-from retrace.core.sampling import ddpm_mean
+from retrace.core.errors import InvalidImage, InvalidSchedule, InvalidSetting, RetraceError, TrajectoryMismatch
+from retrace.core.host import Origin
+from retrace.core.sampling import SampleStep, ddpm_mean
 from retrace.core.schedule import reference_sigmas
-from retrace.inversion.edit_friendly import ddpm_levels, invert_edit_friendly, sample_edit_friendly, without_first_steps
+from retrace.inversion.edit_friendly import (
+    EditFriendly,
+    EditFriendlySettings,
+    ddpm_levels,
+    invert_edit_friendly,
+    sample_edit_friendly,
+    without_first_steps,
+)
 
 from .gaussian import Gaussian, Mean, centre, ladder, natural, numbers, relative, stable_diffusion_sigmas
 
@@ -56,6 +64,13 @@ def grid(kind: str, steps: int) -> Tensor:
     return reference_sigmas("leading_1", stable_diffusion_sigmas(), steps)
 
 
+def inverted(
+    model: Gaussian, x0: Tensor, sigmas: Tensor, cond: Mean, uncond: Mean | None = None, **settings: Any
+) -> EditFriendly:
+    """The noises of ``x0``, at the guidance of these tests unless ``settings`` say otherwise."""
+    return invert_edit_friendly(model, x0, sigmas, cond, uncond, EditFriendlySettings(**{"scale": SCALE, **settings}))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("skip", [0, 7, 19])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -63,7 +78,7 @@ def test_it_returns_to_the_image(kind: str, skip: int, dtype: torch.dtype, toler
     model = rows(kind, dtype)
     source, empty, target = words(model)
     x0 = model.draw(2, source)
-    found = invert_edit_friendly(model, x0, grid(kind, 20), source, empty, SCALE, seed=3)
+    found = inverted(model, x0, grid(kind, 20), source, empty, seed=3)
     back = sample_edit_friendly(model, found, source, empty, SCALE, skip)
     assert relative(back, x0) < tolerance
     assert relative(sample_edit_friendly(model, found, target, empty, SCALE, skip), x0) > 10 * tolerance
@@ -78,7 +93,7 @@ def test_whatever_the_last_level(eta: float, end: str) -> None:
     sigmas = {"zero": ladder(8, 10.0, 3.0), "above": ladder(8, 10.0, 3.0)[:-1]}.get(end)
     if sigmas is None:
         sigmas = reference_sigmas("leading_0", stable_diffusion_sigmas(), 10, parity=True)
-    found = invert_edit_friendly(model, x0, sigmas, source, empty, SCALE, seed=3, eta=eta)
+    found = inverted(model, x0, sigmas, source, empty, seed=3, eta=eta)
     assert torch.equal(found.trajectory.source, x0)
     assert relative(sample_edit_friendly(model, found, source, empty, SCALE), x0) < 1e-12
     assert bool(found.remainder.any()) == (end == "zero")
@@ -133,7 +148,7 @@ def test_the_noises_of_one_image_are_stronger_than_fresh_ones_and_turn_back() ->
     model.std, model.bend = 0 * model.std, 0.0
     source, _, _ = words(model)
     sigmas = torch.tensor([9.0, 5.0, 3.0, 1.0, 0.2, 0.0], dtype=torch.float64)
-    found = invert_edit_friendly(model, model.draw(3000, source), sigmas, source, seed=0, batch=1)
+    found = inverted(model, model.draw(3000, source), sigmas, source, seed=0, batch=1)
     z = found.noises.flatten(1)
     levels = sigmas.tolist()
     ups = [ddpm_levels(s, t, 1.0, "eps")[1] for s, t in pairwise(levels)]
@@ -156,7 +171,7 @@ def test_the_variance_of_the_noises_of_a_perfect_model() -> None:
     source, _, _ = words(model)
     s, t = 4.0, 1.5
     x0 = model.draw(4000, source)
-    found = invert_edit_friendly(model, x0, torch.tensor([s, t, 0.0], dtype=torch.float64), source, seed=1, batch=1)
+    found = inverted(model, x0, torch.tensor([s, t, 0.0], dtype=torch.float64), source, seed=1, batch=1)
     v, r = model.std**2, (t / s) ** 2
     g = v / (v + s**2)
     up = ddpm_levels(s, t, 1.0, "eps")[1]
@@ -170,7 +185,7 @@ def test_the_variance_of_the_noises_of_a_perfect_model() -> None:
 def test_the_noises_make_up_the_step_between_stored_latents(kind: str) -> None:
     model = rows(kind)
     source, empty, _ = words(model)
-    found = invert_edit_friendly(model, model.draw(2, source), grid(kind, 6), source, empty, SCALE, seed=1)
+    found = inverted(model, model.draw(2, source), grid(kind, 6), source, empty, seed=1)
     path = found.trajectory
     for i in range(6):
         without, with_text = (model.denoised(path.latents[i], float(path.sigmas[i]), c) for c in (empty, source))
@@ -188,10 +203,10 @@ def test_costs_are_counted_and_batches_change_nothing(batch: int) -> None:
     model = rows()
     source, empty, _ = words(model)
     x0 = model.draw(2, source)
-    reference = invert_edit_friendly(model, x0, grid("eps", 8), source, empty, SCALE, seed=1, batch=1)
+    reference = inverted(model, x0, grid("eps", 8), source, empty, seed=1, batch=1)
     model.calls = model.evaluations = 0
     model.steps.clear()
-    found = invert_edit_friendly(model, x0, grid("eps", 8), source, empty, SCALE, seed=1, batch=batch)
+    found = inverted(model, x0, grid("eps", 8), source, empty, seed=1, batch=batch)
     assert relative(found.noises, reference.noises) < 1e-12
     assert relative(found.remainder, reference.remainder) < 1e-12
     assert found.trajectory.report["evaluations"] == model.evaluations == 2 * 2 * 8
@@ -200,13 +215,13 @@ def test_costs_are_counted_and_batches_change_nothing(batch: int) -> None:
 
     model.evaluations = 0
     for scale, uncond in ((1.0, empty), (SCALE, None)):
-        plain = invert_edit_friendly(model, x0, grid("eps", 8), source, uncond, scale, seed=1, batch=batch)
+        plain = inverted(model, x0, grid("eps", 8), source, uncond, scale=scale, seed=1, batch=batch)
         assert plain.trajectory.report["evaluations"] == 2 * 8 and plain.scale == 1
     model.evaluations = 0
     sample_edit_friendly(model, found, source, empty, SCALE, skip=3)
     assert model.evaluations == 2 * 2 * 5
     parity = reference_sigmas("leading_0", stable_diffusion_sigmas(), 8, parity=True)
-    closing = invert_edit_friendly(model, x0, parity, source, empty, SCALE, seed=1, batch=batch)
+    closing = inverted(model, x0, parity, source, empty, seed=1, batch=batch)
     assert closing.trajectory.report["evaluations"] == 2 * 2 * 7
 
 
@@ -215,7 +230,7 @@ def test_an_embedding_per_image_goes_step_by_step() -> None:
     source, empty, _ = words(model)
     each = Mean(torch.cat([source.embedding, -source.embedding]))
     x0 = model.draw(1, source).repeat(2, 1, 1, 1)
-    found = invert_edit_friendly(model, x0, grid("eps", 6), each, empty, SCALE, seed=1, batch=4)
+    found = inverted(model, x0, grid("eps", 6), each, empty, seed=1, batch=4)
     assert model.calls == 2 * 6
     assert relative(sample_edit_friendly(model, found, each, empty, SCALE), x0) < 1e-12
 
@@ -228,7 +243,7 @@ def test_seeds_and_skipped_steps() -> None:
 
     def invert(seed: int, skip: float) -> Any:
         left = without_first_steps(sigmas, skip)
-        return invert_edit_friendly(model, x0, left, source, empty, SCALE, seed=seed)
+        return inverted(model, x0, left, source, empty, seed=seed)
 
     whole, again, other, short = invert(1, 0.0), invert(1, 0.0), invert(2, 0.0), invert(1, 0.36)
     assert torch.equal(whole.noises, again.noises) and not torch.equal(whole.noises, other.noises)
@@ -239,11 +254,28 @@ def test_seeds_and_skipped_steps() -> None:
     assert [len(without_first_steps(sigmas, skip)) for skip in (0, 0.5, 0.99, 1)] == [11, 6, 2, 2]
 
 
+def test_it_says_whose_it_is_and_what_it_cost() -> None:
+    model = rows()
+    source, empty, _ = words(model)
+    x0 = model.draw(2, source)
+    settings = EditFriendlySettings(SCALE, seed=3, batch=4)
+    found = invert_edit_friendly(model, x0, grid("eps", 8), source, empty, settings, Origin("abc", "1 channel"))
+    assert (found.trajectory.fingerprint, found.trajectory.latent_format) == ("abc", "1 channel")
+    strengths = numbers(found.trajectory, "strengths")
+    lines = found.text(321).splitlines()
+    assert lines[0] == "edit_friendly, 8 steps, 2 image(s), guidance 3.5, seed 3"
+    assert lines[1] == f"start at noise level {float(found.trajectory.sigmas[0]):.3f}"
+    assert lines[2].startswith("32 network evaluations, ") and lines[2].endswith(" s, 4 steps at a time")
+    assert f"{sum(strengths) / 7:.2f} on average, {max(strengths):.2f} at most" in lines[3] and len(strengths) == 7
+    assert lines[4:] == ["peak memory 321 MB"]
+    assert ", 1 step at a time" in inverted(model, x0, grid("eps", 8), source, empty, batch=1).text()
+
+
 def test_fewer_steps_stay_closer() -> None:
     model = rows()
     source, empty, target = words(model)
     x0 = model.draw(4, source)
-    found = invert_edit_friendly(model, x0, grid("eps", 20), source, empty, SCALE, seed=1)
+    found = inverted(model, x0, grid("eps", 20), source, empty, seed=1)
     away = [relative(sample_edit_friendly(model, found, target, empty, 7.5, skip), x0) for skip in (0, 8, 14, 18)]
     assert away == sorted(away, reverse=True) and away[-1] < 0.5 * away[0]
 
@@ -258,12 +290,19 @@ def test_a_callback_may_replace_the_latent_and_stop_is_obeyed() -> None:
     model = rows()
     source, empty, _ = words(model)
     x0 = model.draw(1, source)
-    found = invert_edit_friendly(model, x0, grid("eps", 4), source, empty, SCALE, seed=1)
-    zeros = sample_edit_friendly(model, found, source, callback=lambda i, sigma, x, denoised: 0 * x)
-    assert not zeros.any()
+    found = inverted(model, x0, grid("eps", 4), source, empty, seed=1)
+    seen: list[SampleStep] = []
+
+    def zeros(done: SampleStep) -> Tensor:
+        seen.append(done)
+        return 0 * done.x
+
+    assert not sample_edit_friendly(model, found, source, skip=1, callback=zeros).any()
+    assert [(done.step, done.total) for done in seen] == [(1, 3), (2, 3), (3, 3)]
+    assert [done.sigma_next for done in seen] == found.trajectory.sigmas[2:].tolist()
     model.on_progress, model.calls = stop, 0
     with pytest.raises(Interrupt):
-        invert_edit_friendly(model, x0, grid("eps", 4), source, empty, SCALE, seed=1, batch=2)
+        inverted(model, x0, grid("eps", 4), source, empty, seed=1, batch=2)
     with pytest.raises(Interrupt):
         sample_edit_friendly(model, found, source)
     assert model.calls == 3
@@ -272,13 +311,13 @@ def test_a_callback_may_replace_the_latent_and_stop_is_obeyed() -> None:
 def test_the_steps_that_a_sampler_may_ask_for() -> None:
     model = rows()
     source, _, _ = words(model)
-    found = invert_edit_friendly(model, model.draw(2, source), grid("eps", 8), source, seed=1)
+    found = inverted(model, model.draw(2, source), grid("eps", 8), source, seed=1)
     sigmas = found.trajectory.sigmas
     assert found.first_step(sigmas) == 0
     assert found.first_step(sigmas[3:].float()) == 3
     assert found.first_step(sigmas[3:6]) == 3
     for other in (grid("eps", 7), sigmas[::2], sigmas * 1.01, torch.cat([sigmas, sigmas[-1:]])):
-        with pytest.raises(TrajectoryMismatch, match=r"noises were made for 8 step.* noise levels .* SIGMAS"):
+        with pytest.raises(TrajectoryMismatch, match=r"made for 8 step.* levels .*sigmas of the inversion"):
             found.first_step(other)
     found.require_latent(torch.zeros(6, 1, 8, 8))
     for shape in ((3, 1, 8, 8), (2, 1, 8, 9), (2, 4, 8, 8), (2, 8, 8)):
@@ -291,26 +330,26 @@ def test_bad_input_is_an_error_that_says_what_to_do() -> None:
     source, empty, _ = words(model)
     x0 = model.draw(1, source)
     sigmas = grid("eps", 4)
-    found = invert_edit_friendly(model, x0, sigmas, source, seed=1)
+    found = inverted(model, x0, sigmas, source, seed=1)
     for eta in (0.0, 1.5, math.nan):
-        with pytest.raises(RetraceError, match=r"eta: got .* more than 0"):
-            invert_edit_friendly(model, x0, sigmas, source, seed=1, eta=eta)
-    with pytest.raises(RetraceError, match="Guidance of the source: got inf"):
-        invert_edit_friendly(model, x0, sigmas, source, empty, math.inf, seed=1)
+        with pytest.raises(InvalidSetting, match=r"eta: got .* more than 0"):
+            inverted(model, x0, sigmas, source, seed=1, eta=eta)
+    with pytest.raises(InvalidSetting, match="Guidance of the source: got inf"):
+        inverted(model, x0, sigmas, source, empty, scale=math.inf, seed=1)
     with pytest.raises(InvalidSchedule, match="batch: got 0"):
-        invert_edit_friendly(model, x0, sigmas, source, seed=1, batch=0)
-    with pytest.raises(InvalidSchedule, match="Flip Sigmas"):
-        invert_edit_friendly(model, x0, sigmas.flip(0), source, seed=1)
+        inverted(model, x0, sigmas, source, seed=1, batch=0)
+    with pytest.raises(InvalidSchedule, match="turn them round"):
+        inverted(model, x0, sigmas.flip(0), source, seed=1)
     with pytest.raises(InvalidImage, match="latent to invert"):
-        invert_edit_friendly(model, x0[0], sigmas, source, seed=1)
+        inverted(model, x0[0], sigmas, source, seed=1)
     with pytest.raises(InvalidSchedule, match="skip: got 4"):
         sample_edit_friendly(model, found, source, skip=4)
-    with pytest.raises(RetraceError, match=r"skip: got 1\.1"):
+    with pytest.raises(InvalidSetting, match=r"skip: got 1\.1"):
         without_first_steps(sigmas, 1.1)
     with pytest.raises(TrajectoryMismatch, match="another kind of model"):
         sample_edit_friendly(rows("v"), found, source)
     model.gain = math.nan
     with pytest.raises(RetraceError, match="NaN or infinity at step 1 of 4"):
-        invert_edit_friendly(model, x0, sigmas, source, seed=1)
+        inverted(model, x0, sigmas, source, seed=1)
     with pytest.raises(RetraceError, match="NaN or infinity at step 2 of 4"):
         sample_edit_friendly(model, replace(found, eta=1.0), source, skip=1)

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
 
 from retrace.core.errors import InvalidImage, InvalidSchedule, RetraceError
 from retrace.core.host import Parametrisation, add_noise
-from retrace.core.sampling import STOCHASTIC_SAMPLERS, ancestral_step, ddim_step, require_deterministic, sample_ddim
+from retrace.core.sampling import (
+    SampleStep,
+    ancestral_step,
+    ancestral_steps,
+    cfg,
+    ddim_step,
+    sample,
+    sample_ddim,
+    steered,
+    steps_of,
+)
 
 from .gaussian import Gaussian, Mean, centre, ladder, natural, relative, slope
 
@@ -68,7 +81,8 @@ def test_ancestral_samples_come_to_spread_as_the_data_does(kind: Parametrisation
     start = add_noise(data, noise, top, kind)
     missing = []
     for n in (80, 320):
-        out = sample_ddim(model, start, ladder(n, top, power), cond, ancestral=torch.Generator().manual_seed(2))
+        steps = ancestral_steps(torch.Generator().manual_seed(2), kind)
+        out = sample(model, start, ladder(n, top, power), cfg(model, cond), steps)
         missing.append(abs(1 - float(out.std(0).mean() / data.std(0).mean())))
         assert relative(out.mean(0), cond.embedding.view_as(out[0])) < 0.08  # 4000 draws alone are 0.05 off
     assert missing[0] < 0.08 and missing[1] < 0.03
@@ -101,16 +115,52 @@ def test_callback_sees_every_step_and_can_replace_the_latent() -> None:
     model = natural()
     cond = centre(model)
     sigmas = ladder(4, 10.0, 1.0)
-    seen = []
+    seen: list[SampleStep] = []
 
-    def paste(step: int, sigma_next: float, x: Tensor, denoised: Tensor) -> Tensor | None:
-        seen.append((step, sigma_next))
-        return torch.zeros_like(x) if sigma_next == 0 else None
+    def paste(done: SampleStep) -> Tensor | None:
+        seen.append(done)
+        return torch.zeros_like(done.x) if done.sigma_next == 0 else None
 
-    out = sample_ddim(model, model.draw(1, cond), sigmas, cond, callback=paste)
-    assert seen == [(0, 7.5), (1, 5.0), (2, 2.5), (3, 0.0)]
+    noise = model.draw(1, cond)
+    out = sample_ddim(model, noise, sigmas, cond, callback=paste)
+    levels = [(1, 10.0, 7.5), (2, 7.5, 5.0), (3, 5.0, 2.5), (4, 2.5, 0.0)]
+    assert [(done.step, done.sigma, done.sigma_next) for done in seen] == levels
+    assert {done.total for done in seen} == {4}
+    for before, done in zip([noise, *(done.x for done in seen)], seen, strict=False):
+        assert torch.equal(done.x, ddim_step(before, done.denoised, done.sigma, done.sigma_next))
     assert out.abs().max() == 0
     assert model.steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_steps_between_equal_levels_are_left_out() -> None:
+    assert list(steps_of([5.0, 2.0, 2.0, 0.5, 0.5, 0.5])) == [(0, 5.0, 2.0), (2, 2.0, 0.5)]
+    model = natural()
+    cond = centre(model)
+    x, seen = model.draw(1, cond), []
+    twice = torch.tensor([5.0, 2.0, 0.5, 0.5], dtype=torch.float64)
+    out = sample_ddim(model, x, twice, cond, callback=lambda done: seen.append((done.step, done.total)))
+    assert model.evaluations == 2
+    assert seen == model.steps == [(1, 3), (2, 3)]
+    assert torch.equal(out, sample_ddim(model, x, twice[:-1], cond))
+
+
+def test_a_guide_steers_every_estimate_and_may_ask_for_more() -> None:
+    """This one keeps half of each estimate, and asks at a point of its own as well."""
+    model = natural()
+    cond, uncond = centre(model, 0.4), centre(model, 0.1)
+    x, sigmas, asked = model.draw(1, cond), ladder(4, 10.0, 3.0), []
+
+    def half(x: Tensor, sigma: float, predict: Callable[[Tensor], Tensor]) -> Tensor:
+        asked.append(sigma)
+        predict(2 * x)
+        return predict(x) / 2
+
+    out = sample(model, x, sigmas, steered(cfg(model, cond, uncond, 3.0), half))
+    assert asked == sigmas[:-1].tolist() and model.evaluations == 4 * 2 * 2
+    for sigma, sigma_next in pairwise(sigmas.tolist()):
+        without, with_text = model.denoised_each(x, sigma, [uncond, cond])
+        x = ddim_step(x, (without + 3.0 * (with_text - without)) / 2, sigma, sigma_next)
+    assert torch.equal(out, x)
 
 
 def test_interrupt_passes_through() -> None:
@@ -132,21 +182,10 @@ def test_bad_input_is_an_error_that_says_what_to_do() -> None:
     model = natural()
     cond = centre(model)
     x = model.draw(1, cond)
-    with pytest.raises(InvalidSchedule, match="Flip Sigmas"):
+    with pytest.raises(InvalidSchedule, match="turn them round"):
         sample_ddim(model, x, torch.tensor([0.0, 1.0]), cond)
     with pytest.raises(InvalidImage, match="NaN or infinite"):
         sample_ddim(model, x * float("nan"), torch.tensor([1.0, 0.0]), cond)
     broken = Mean(cond.embedding * float("inf"))
     with pytest.raises(RetraceError, match=r"NaN or infinity at step 1 of 3 \(noise level 9\).*32-bit"):
         sample_ddim(model, x, torch.tensor([9.0, 4.0, 1.0, 0.0]), broken)
-
-
-@pytest.mark.parametrize("name", [*sorted(STOCHASTIC_SAMPLERS), "my_new_sde", "euler_ancestral_RF"])
-def test_stochastic_samplers_are_refused_by_name(name: str) -> None:
-    with pytest.raises(InvalidSchedule, match=f"'{name}' adds fresh noise.*ddim, euler"):
-        require_deterministic(name)
-
-
-@pytest.mark.parametrize("name", ["euler", "ddim", "heun", "dpmpp_2m", "uni_pc", "deis", "euler_cfg_pp"])
-def test_deterministic_samplers_pass(name: str) -> None:
-    require_deterministic(name)

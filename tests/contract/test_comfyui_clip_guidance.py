@@ -13,7 +13,8 @@ from torch import Tensor
 from retrace.blending.sample import first_latent
 from retrace.clip_guidance import Augmentations, ClipGuidance, GuidedRun, Schedule, Weights
 from retrace.clip_guidance.step import GradientPath
-from retrace.core.sampling import sample_ddim
+from retrace.core.sampling import cfg, steered
+from retrace.core.sampling import sample as library_sample
 from retrace.models.clip.model import load_image_text_model
 from retrace.models.pebble.scenes import heldout, instance_masks, render_batch
 
@@ -114,7 +115,8 @@ def test_core_samples_what_the_library_does(case: Any, path: GradientPath) -> No
         run = GuidedRun(
             guidance, Schedule(path), sigmas, host.decode_differentiable, model.differentiable, model.parametrisation
         )
-        found = sample_ddim(model, x, sigmas, conds["c"], conds["u"], 3.0, guide=run.guide)
+        estimate = cfg(model, conds["c"], conds["u"], 3.0)
+        found = library_sample(model, x, sigmas, steered(estimate, run.guide))
         return found, model.evaluations, run.backwards
 
     latent, evaluations, backwards = host.run(start, {"c": case.words, "u": case.empty}, method, gradients=True)

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from retrace.core.errors import InvalidFile
+from retrace.core.errors import InvalidFile, InvalidSchedule
+from retrace.core.host import from_variance_preserving, to_variance_preserving
+from retrace.core.schedule import reference_sigmas
+from retrace.inversion.invert import InversionSettings
 from tests.rounding import assert_rounds_to
 
 
@@ -56,6 +59,52 @@ def test_scales_convert_and_leave_an_empty_latent_alone(comfy_subject: Any) -> N
     assert torch.equal(host.to_model_scale(torch.zeros(1, 4, 8, 8)), torch.zeros(1, 4, 8, 8))
     latent = host.run(samples, {"p": host.encode_text("x")}, lambda denoiser, x, conds: x)
     assert torch.equal(latent, samples), "run() takes and gives latents in the model's scale"
+
+
+@pytest.mark.parametrize("grid", ["leading_0", "leading_1", "trailing"])
+def test_grids_that_end_at_the_lowest_level_begin_at_its_variance(comfy_subject: Any, grid: str) -> None:
+    """The papers' z0 has unit variance at that level: x = z0 sqrt(1 + sigma^2), as for every latent of theirs."""
+    from retrace.hosts.comfyui.latents import clean_latent
+    from retrace.hosts.comfyui.runs.inversion import invert_latent
+
+    host = comfy_subject.host
+    samples = host.from_model_scale(torch.randn(2, 4, 8, 8))
+    z0 = host.to_model_scale(samples)
+    positive = host.encode_text("a red circle")
+    for parity in (True, False):
+        sigmas = reference_sigmas(grid, host.training_sigmas(), 4, parity)
+        last = float(sigmas[-1])
+        assert (last > 0) == parity
+        lowest = last == pytest.approx(float(host.training_sigmas()[0]), rel=1e-4)
+        expected = z0 * (1 + last**2) ** 0.5 if lowest else z0
+        assert parity == lowest and torch.equal(expected, z0) != parity
+        assert_rounds_to(clean_latent(host, samples, sigmas), expected, 2)
+        inverted = invert_latent(host, samples, sigmas, positive, InversionSettings(), verify=False)
+        assert torch.equal(inverted.trajectory.source, clean_latent(host, samples, sigmas))
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "flow"])
+@pytest.mark.parametrize("sigma", [0.0, 0.03, 1.0, 14.6])
+def test_the_scale_of_the_papers_and_ours(kind: Any, sigma: float) -> None:
+    x = torch.randn(1, 4, 8, 8)
+    z = to_variance_preserving(x, sigma, kind)
+    assert_rounds_to(z, x if kind == "flow" else x / (1 + sigma**2) ** 0.5, 2)
+    assert_rounds_to(from_variance_preserving(z, sigma, kind), x, 2)
+
+
+def test_stochastic_samplers_are_refused_by_name(comfy_subject: Any) -> None:
+    from retrace.hosts.comfyui.sampling import STOCHASTIC_SAMPLERS, require_deterministic
+
+    for name in (*sorted(STOCHASTIC_SAMPLERS), "my_new_sde", "euler_ancestral_RF"):
+        with pytest.raises(InvalidSchedule, match=f"'{name}' adds fresh noise.*ddim, euler"):
+            require_deterministic(name)
+
+
+@pytest.mark.parametrize("name", ["euler", "ddim", "heun", "dpmpp_2m", "uni_pc", "deis", "euler_cfg_pp"])
+def test_deterministic_samplers_pass(comfy_subject: Any, name: str) -> None:
+    from retrace.hosts.comfyui.sampling import require_deterministic
+
+    require_deterministic(name)
 
 
 def test_joined_prompts_keep_their_own_embeddings(comfy_subject: Any) -> None:

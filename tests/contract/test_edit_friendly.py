@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from retrace.core.errors import RetraceError, TrajectoryMismatch
-from retrace.inversion.edit_friendly import invert_edit_friendly, sample_edit_friendly
+from retrace.core.errors import InvalidInput, TrajectoryMismatch
+from retrace.inversion.edit_friendly import EditFriendlySettings, invert_edit_friendly, sample_edit_friendly
 from retrace.inversion.invert import latent_psnr
 
 PROMPTS = ("a large red circle", "", "a blue square")
@@ -16,13 +16,14 @@ SCALE = 3.5
 STEPS = 5
 
 
-def found_for(subject: Any, latent: Any, *prompts: str, **options: Any) -> Any:
+def found_for(subject: Any, latent: Any, *prompts: str, batch: int = 4) -> Any:
     """The noises, the way back and an edit."""
+    settings = EditFriendlySettings(SCALE, seed=1, batch=batch)
     sigmas = subject.host.sigmas("ddim_uniform", STEPS)
 
     def method(model: Any, x: Any, conds: Any) -> Any:
         source, empty, target = conds
-        found = invert_edit_friendly(model, x, sigmas, source, empty, SCALE, seed=1, **options)
+        found = invert_edit_friendly(model, x, sigmas, source, empty, settings)
         back = sample_edit_friendly(model, found, source, empty, SCALE, skip=1)
         return found, back, sample_edit_friendly(model, found, target, empty, 7.5, skip=1)
 
@@ -59,7 +60,7 @@ def test_an_embedding_per_image(subject: Any) -> None:
 
     def method(model: Any, x: Any, conds: Any) -> Any:
         each = conds[0].with_embedding(torch.cat([conds[0].embedding, conds[2].embedding]))
-        both = invert_edit_friendly(model, x, sigmas, each, conds[1], SCALE, seed=1)
+        both = invert_edit_friendly(model, x, sigmas, each, conds[1], EditFriendlySettings(SCALE, seed=1))
         return both, sample_edit_friendly(model, both, each, conds[1], SCALE)
 
     _, back = subject.run(latent, method, *PROMPTS)
@@ -71,7 +72,7 @@ def test_stop_is_obeyed_and_leaves_the_host_usable(subject: Any) -> None:
 
     def method(model: Any, x: Any, conds: Any) -> None:
         with subject.interrupted() as stopped, pytest.raises(stopped):
-            invert_edit_friendly(model, x, sigmas, conds[0], conds[1], SCALE, seed=1)
+            invert_edit_friendly(model, x, sigmas, conds[0], conds[1])
 
     latent = torch.randn(1, 4, 8, 8)
     subject.run(latent, method, *PROMPTS)
@@ -81,44 +82,51 @@ def test_stop_is_obeyed_and_leaves_the_host_usable(subject: Any) -> None:
 class TestInsideComfyUI:
     """The SAMPLER as core's guiders drive it."""
 
-    def make(self, host: Any, images: int = 1, scheduler: str = "normal", **options: Any) -> Any:
+    def make(self, host: Any, images: int = 1, batch: int = 4, positive: Any = None) -> Any:
+        """A LATENT, what was found for it, and the two conditions."""
         from retrace.hosts.comfyui.runs.edit_friendly import prepare_edit_friendly
 
         samples = host.from_model_scale(torch.randn(images, 4, 8, 8) * 0.5)
-        sigmas = host.sigmas(scheduler, STEPS)[1:]
-        positive, negative = (host.encode_text(prompt) for prompt in PROMPTS[:2])
-        given: dict[str, Any] = {"positive": positive, "negative": negative, "scale": SCALE, "seed": 1, **options}
-        return samples, prepare_edit_friendly(host, samples, sigmas, **given), given
+        sigmas = host.sigmas("normal", STEPS)[1:]
+        positive, negative = positive or host.encode_text(PROMPTS[0]), host.encode_text(PROMPTS[1])
+        settings = EditFriendlySettings(SCALE, seed=1, batch=batch)
+        found = prepare_edit_friendly(host, samples, sigmas, positive, negative, settings)
+        return samples, found, {"positive": positive, "negative": negative}
 
-    def sample(self, host: Any, prepared: Any, given: Any, **changes: Any) -> Any:
+    def sample(self, host: Any, found: Any, given: Any, **changes: Any) -> Any:
         import comfy.sample
 
-        latent = changes.get("latent", prepared.latent)
+        from retrace.hosts.comfyui.latents import noise_samples
+        from retrace.hosts.comfyui.runs.edit_friendly import noise_sampler
+
+        latent = changes.get("latent", noise_samples(host, found.trajectory))
         noise = changes.get("noise", torch.zeros_like(latent))
-        sigmas = changes.get("sigmas", prepared.found.trajectory.sigmas)
+        sigmas = changes.get("sigmas", found.trajectory.sigmas)
         return comfy.sample.sample_custom(
-            host.model, noise, given["scale"], prepared.sampler(), sigmas, changes.get("positive", given["positive"]),
+            host.model, noise, SCALE, noise_sampler(found), sigmas, changes.get("positive", given["positive"]),
             given["negative"], latent, noise_mask=changes.get("mask"), callback=changes.get("callback"),
             disable_pbar=True,
         )  # fmt: skip
 
     def test_core_returns_the_latent(self, comfy_subject: Any) -> None:
         host = comfy_subject.host
-        samples, prepared, given = self.make(host, images=2)
+        samples, found, given = self.make(host, images=2)
         seen = []
-        back = self.sample(host, prepared, given, callback=lambda step, x0, x, total: seen.append((step, total)))
+        back = self.sample(host, found, given, callback=lambda step, x0, x, total: seen.append((step, total)))
         assert latent_psnr(back, samples) > 80
         assert seen == [(i, STEPS - 1) for i in range(STEPS - 1)]
-        edited = self.sample(host, prepared, given, positive=host.encode_text("a blue square"))
+        edited = self.sample(host, found, given, positive=host.encode_text("a blue square"))
         assert latent_psnr(edited, samples) < 60
 
     def test_in_two_runs_and_with_more_images(self, comfy_subject: Any) -> None:
+        from retrace.hosts.comfyui.latents import noise_samples
+
         host = comfy_subject.host
-        samples, prepared, given = self.make(host, images=2)
-        sigmas = prepared.found.trajectory.sigmas
-        half = self.sample(host, prepared, given, sigmas=sigmas[:3])
-        assert latent_psnr(self.sample(host, prepared, given, sigmas=sigmas[2:], latent=half), samples) > 80
-        many = self.sample(host, prepared, given, latent=prepared.latent.repeat(3, 1, 1, 1))
+        samples, found, given = self.make(host, images=2)
+        sigmas = found.trajectory.sigmas
+        half = self.sample(host, found, given, sigmas=sigmas[:3])
+        assert latent_psnr(self.sample(host, found, given, sigmas=sigmas[2:], latent=half), samples) > 80
+        many = self.sample(host, found, given, latent=noise_samples(host, found.trajectory).repeat(3, 1, 1, 1))
         assert latent_psnr(many, samples.repeat(3, 1, 1, 1)) > 80
 
     @pytest.mark.parametrize("kind", ["v", "flow"])
@@ -139,9 +147,10 @@ class TestInsideComfyUI:
         samples = host.from_model_scale(torch.randn(1, 4, 8, 8) * 0.5)
         positive, negative = (comfy_subject.host.encode_text(prompt) for prompt in PROMPTS[:2])
         sigmas = host.sigmas("normal", STEPS)[cut:]  # a flow schedule begins at 1
-        prepared = prepare_edit_friendly(host, samples, sigmas, positive, negative, SCALE, seed=1)
-        given = {"positive": positive, "negative": negative, "scale": SCALE}
-        assert latent_psnr(self.sample(host, prepared, given), samples) > 70
+        settings = EditFriendlySettings(SCALE, seed=1)
+        found = prepare_edit_friendly(host, samples, sigmas, positive, negative, settings)
+        given = {"positive": positive, "negative": negative}
+        assert latent_psnr(self.sample(host, found, given), samples) > 70
 
     def test_levels_share_a_call_only_where_nothing_depends_on_them(self, comfy_subject: Any) -> None:
         import node_helpers
@@ -172,16 +181,17 @@ class TestInsideComfyUI:
         late = node_helpers.conditioning_set_values(
             host.encode_text(PROMPTS[2]), {"start_percent": 0.5, "end_percent": 1.0}
         )
-        samples, prepared, given = self.make(host, positive=early + late)
-        assert prepared.batch == 1 and "one step at a time" in prepared.report()
-        assert latent_psnr(self.sample(host, prepared, given), samples) > 80
+        samples, found, given = self.make(host, positive=early + late)
+        assert found.trajectory.report["batch"] == 1 and ", 1 step at a time" in found.text()
+        assert latent_psnr(self.sample(host, found, given), samples) > 80
 
     def test_the_report(self, comfy_subject: Any) -> None:
-        _, prepared, _ = self.make(comfy_subject.host, images=2, batch=3)
-        text = prepared.report(12)
+        _, found, _ = self.make(comfy_subject.host, images=2, batch=3)
+        text = found.text(12)
         for words in (
             f"edit_friendly, {STEPS - 1} steps, 2 image(s), guidance 3.5, seed 1",
-            f"{2 * 2 * (STEPS - 1)} network evaluations, 3 steps at a time",
+            f"{2 * 2 * (STEPS - 1)} network evaluations, ",
+            " s, 3 steps at a time",
             "strength of the noises",
             "peak memory 12 MB",
         ):
@@ -189,16 +199,16 @@ class TestInsideComfyUI:
 
     def test_what_it_refuses(self, comfy_subject: Any) -> None:
         host = comfy_subject.host
-        _, prepared, given = self.make(host)
+        _, found, given = self.make(host)
         refused = "Edit-friendly Inverter: The sampler "
         with pytest.raises(TrajectoryMismatch, match=refused + "asks for 3 step"):
-            self.sample(host, prepared, given, sigmas=host.sigmas("normal", 3))
+            self.sample(host, found, given, sigmas=host.sigmas("normal", 3))
         with pytest.raises(TrajectoryMismatch, match=refused + "works on latents"):
-            self.sample(host, prepared, given, latent=torch.randn(1, 4, 8, 16))
+            self.sample(host, found, given, latent=torch.randn(1, 4, 8, 16))
         _, two, _ = self.make(host, images=2)
         with pytest.raises(TrajectoryMismatch, match="whole multiples"):
             self.sample(host, two, given, latent=torch.randn(3, 4, 8, 8))
-        with pytest.raises(RetraceError, match="add_noise off"):
-            self.sample(host, prepared, given, noise=torch.randn(1, 4, 8, 8))
-        with pytest.raises(RetraceError, match="Blend Step"):
-            self.sample(host, prepared, given, mask=torch.ones(1, 1, 8, 8))
+        with pytest.raises(InvalidInput, match="add_noise off"):
+            self.sample(host, found, given, noise=torch.randn(1, 4, 8, 8))
+        with pytest.raises(InvalidInput, match="Blend Step"):
+            self.sample(host, found, given, mask=torch.ones(1, 1, 8, 8))

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from retrace.core.errors import InvalidSchedule, RetraceError, TrajectoryMismatch
+from retrace.core.errors import InvalidInput, InvalidSchedule, TrajectoryMismatch
 from retrace.core.sampling import sample_ddim
-from retrace.inversion.invert import invert
+from retrace.inversion.invert import InversionSettings, invert
 from retrace.inversion.null_text.optimise import optimise_null_text
+from retrace.inversion.null_text.settings import Mode, NullTextSettings
 
 PROMPTS = ("a large red circle", "")
 STEPS = 3
+TWO = NullTextSettings(iterations=2, early_stop=0.0)
 
 
-def optimised(subject: Any, images: int = 1, **options: Any) -> Any:
+def optimised(subject: Any, settings: NullTextSettings, images: int = 1) -> Any:
     sigmas = subject.host.sigmas("ddim_uniform", STEPS)
 
     def method(model: Any, x: Any, conds: Any) -> Any:
-        trajectory = invert(model, x, sigmas, conds[0], fingerprint="")
-        found = optimise_null_text(model, trajectory, conds[0], conds[1], **options)
+        trajectory = invert(model, x, sigmas, conds[0])
+        found = optimise_null_text(model, trajectory, conds[0], conds[1], settings)
         replaced = [conds[1].with_embedding(e.to(x)) for e in found.embeddings]
         back = found.start.to(x)
         for i, uncond in enumerate(replaced):
@@ -35,7 +38,8 @@ def optimised(subject: Any, images: int = 1, **options: Any) -> Any:
 
 @pytest.mark.parametrize("parity", [True, False])
 def test_it_comes_back_closer_than_the_plain_negative(subject: Any, parity: bool) -> None:
-    found, trajectory, back, plain = optimised(subject, parity=parity, inner_steps=6, early_stop=0.0)
+    settings = NullTextSettings(iterations=6, early_stop=0.0)
+    found, trajectory, back, plain = optimised(subject, settings.reference() if parity else settings)
     assert found.embeddings.shape == (STEPS, 1, 77, 64)
     assert float(back) < 0.8 * float(plain)  # the weights may be random ones
     if parity:
@@ -50,14 +54,14 @@ def test_it_comes_back_closer_than_the_plain_negative(subject: Any, parity: bool
 @pytest.mark.rounding
 def test_images_of_a_batch_do_not_meet(subject: Any) -> None:
     """The losses of each image are those it has alone, from the same noise."""
-    both, _, _, _ = optimised(subject, images=2, parity=True, inner_steps=2, early_stop=0.0)
+    both, _, _, _ = optimised(subject, TWO.reference(), images=2)
     torch.manual_seed(0)
     first = (torch.randn(2, 4, 8, 8) * 0.5)[:1]
     sigmas = subject.host.sigmas("ddim_uniform", STEPS)
 
     def method(model: Any, x: Any, conds: Any) -> Any:
-        trajectory = invert(model, x, sigmas, conds[0], fingerprint="")
-        return optimise_null_text(model, trajectory, *conds, parity=True, inner_steps=2, early_stop=0.0)
+        trajectory = invert(model, x, sigmas, conds[0])
+        return optimise_null_text(model, trajectory, conds[0], conds[1], TWO.reference())
 
     torch.manual_seed(0)
     alone = subject.run(first, method, *PROMPTS, gradients=True)
@@ -65,8 +69,8 @@ def test_images_of_a_batch_do_not_meet(subject: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", ["global", "random_pivot", "no_pivot", "prompt", "prompt_no_pivot"])
-def test_the_ablations_run(subject: Any, mode: str) -> None:
-    found, _, back, _ = optimised(subject, mode=mode, inner_steps=2, early_stop=0.0)
+def test_the_ablations_run(subject: Any, mode: Mode) -> None:
+    found, _, back, _ = optimised(subject, replace(TWO, mode=mode))
     assert found.embeddings.shape == (STEPS, 1, 77, 64)
     assert torch.isfinite(found.embeddings).all() and torch.isfinite(back)
 
@@ -81,14 +85,16 @@ def test_stop_is_obeyed_and_leaves_the_host_usable(subject: Any) -> None:
         return trajectory
 
     subject.run(torch.randn(1, 4, 8, 8), method, *PROMPTS, gradients=True)
-    found, *_ = optimised(subject, inner_steps=1)
+    found, *_ = optimised(subject, NullTextSettings(iterations=1))
     assert torch.isfinite(found.embeddings).all()
 
 
 class TestInsideComfyUI:
     """The conditioning as core's own code sees it."""
 
-    def make(self, subject: Any, scheduler: str = "ddim_uniform", steps: int = 4, **options: Any) -> Any:
+    SETTINGS = NullTextSettings(iterations=3, early_stop=0.0)
+
+    def make(self, subject: Any, scheduler: str = "ddim_uniform", steps: int = 4) -> Any:
         from retrace.hosts.comfyui.runs.inversion import invert_latent
         from retrace.hosts.comfyui.runs.null_text import optimise
 
@@ -96,11 +102,8 @@ class TestInsideComfyUI:
         samples = host.from_model_scale(torch.randn(1, 4, 8, 8) * 0.5)
         sigmas = host.sigmas(scheduler, steps)
         positive, negative = (host.encode_text(prompt) for prompt in PROMPTS)
-        inverted = invert_latent(host, samples, sigmas, positive, "ddim", verify=False)
-        made = optimise(
-            host, inverted.trajectory, positive, negative, 7.5, **{"inner_steps": 3, "early_stop": 0.0, **options}
-        )
-        return samples, sigmas, made
+        inverted = invert_latent(host, samples, sigmas, positive, InversionSettings(), verify=False)
+        return samples, sigmas, optimise(host, inverted.trajectory, positive, negative, self.SETTINGS)
 
     def sample(self, subject: Any, made: Any, sigmas: Any, sampler: str = "euler", images: int = 1) -> Any:
         import comfy.sample
@@ -167,8 +170,8 @@ class TestInsideComfyUI:
 
         positive, negative = words(), words()
         sigmas = host.sigmas("ddim_uniform", 3)
-        inverted = invert_latent(host, torch.randn(1, 4, 8, 8), sigmas, positive, "ddim", verify=False)
-        made = optimise(host, inverted.trajectory, positive, negative, 7.5, inner_steps=3, early_stop=0.0)
+        inverted = invert_latent(host, torch.randn(1, 4, 8, 8), sigmas, positive, InversionSettings(), verify=False)
+        made = optimise(host, inverted.trajectory, positive, negative, self.SETTINGS)
         assert made.result.evaluations == sum(2 + k for k in made.result.iterations)
         assert all(options["pooled_output"] is negative[0][1]["pooled_output"] for _, options in made.negative)
         original, comfy_subject.host = comfy_subject.host, host
@@ -293,7 +296,7 @@ class TestInsideComfyUI:
             made.result.sigmas, made.result.start.repeat(len(made.result.sigmas), 1, 1, 1, 1), "eps", "other", "ddim"
         )
         with pytest.raises(TrajectoryMismatch, match="another model"):
-            optimise(host, trajectory, made.positive, negative, 7.5)
+            optimise(host, trajectory, made.positive, negative, self.SETTINGS)
         trajectory = Trajectory(trajectory.sigmas, trajectory.latents, "eps", host.fingerprint(), "ddim")
-        with pytest.raises(RetraceError, match="exactly one can be optimised"):
-            optimise(host, trajectory, made.positive, made.negative, 7.5)
+        with pytest.raises(InvalidInput, match="exactly one can be optimised"):
+            optimise(host, trajectory, made.positive, made.negative, self.SETTINGS)

@@ -16,18 +16,17 @@ STEPS = 5
 TEXTS = ["a red circle on sand", "a blue circle on sand"]
 
 
-def edit(subject: Any, texts: list[str], **settings: Any) -> tuple[torch.Tensor, int, Any]:
+def edit(subject: Any, texts: list[str], blend: Any = None) -> tuple[torch.Tensor, int, Any]:
     """The latents of a Direct Inversion edit, the evaluations it took with its inversion, and the trajectory."""
     host = subject.host
     sigmas = host.sigmas("normal", STEPS)
     prompts = host.read_prompts(texts)
-    planned = p2p.plan(prompts[0], prompts[1:], **settings)
+    planned = p2p.plan(prompts[0], prompts[1:], blend=blend)
 
     def method(model: Any, x: Any, conds: Any) -> Any:
-        path = invert(model, x, sigmas, conds["source"], method="ddim")
-        latents = p2p.sample_edit(
-            model, path.noise, sigmas, conds["all"], conds["empty"], 5.0, edit=planned, source=path
-        )
+        path = invert(model, x, sigmas, conds["source"])
+        options = p2p.EditSampling(planned, source=path)
+        latents = p2p.sample_edit(model, path.noise, sigmas, conds["all"], conds["empty"], 5.0, options)
         return latents, model.evaluations, path
 
     conds = {"source": host.encode_text(texts[0]), "all": host.encode_text(texts), "empty": host.encode_text("")}
@@ -53,12 +52,13 @@ def test_the_same_words_with_the_same_attention_differ_only_by_guidance(subject:
     host = subject.host
     sigmas = host.sigmas("normal", STEPS)
     prompts = host.read_prompts([TEXTS[0], TEXTS[0]])
-    planned = p2p.plan(prompts[0], prompts[1:], cross_replace=(0.0, 1.0), self_replace=(0.0, 1.0))
+    settings = p2p.PlanSettings(cross_replace=(0.0, 1.0), self_replace=(0.0, 1.0))
+    options = p2p.EditSampling(p2p.plan(prompts[0], prompts[1:], settings))
     conds = {"all": host.encode_text([TEXTS[0]] * 2), "empty": host.encode_text("")}
     noise = torch.randn(1, 4, 16, 16) * float(sigmas[0])
 
     def method(model: Any, x: Any, c: Any) -> Any:
-        return p2p.sample_edit(model, x, sigmas, c["all"], c["empty"], 5.0, edit=planned)
+        return p2p.sample_edit(model, x, sigmas, c["all"], c["empty"], 5.0, options)
 
     source, target = host.run(noise, conds, method)
     torch.testing.assert_close(target, source, rtol=1e-3, atol=1e-3)
@@ -66,7 +66,7 @@ def test_the_same_words_with_the_same_attention_differ_only_by_guidance(subject:
 
 @pytest.mark.parametrize("texts", [[*TEXTS, "a blue square on sand", "a red circle"], ["a", "a " * 90]])
 def test_several_targets_and_long_prompts(subject: Any, texts: list[str]) -> None:
-    blend = p2p.local_blend(subject.host.read_prompts(texts), [texts[0].split()[-1]])
+    blend = p2p.local_blend(subject.host.read_prompts(texts), p2p.BlendWords([texts[0].split()[-1]]))
     latents, evaluations, path = edit(subject, texts, blend=blend)
     assert latents.shape == (len(texts), 4, 16, 16) and torch.isfinite(latents).all()
     assert evaluations == STEPS + (2 * len(texts) - 1) * STEPS
@@ -77,11 +77,12 @@ def test_other_sizes(subject: Any) -> None:
     host = subject.host
     sigmas = host.sigmas("normal", 2)
     prompts = host.read_prompts(TEXTS)
-    planned = p2p.plan(prompts[0], prompts[1:], blend=p2p.local_blend(prompts, ["circle"]))
+    planned = p2p.plan(prompts[0], prompts[1:], blend=p2p.local_blend(prompts, p2p.BlendWords(["circle"])))
+    options = p2p.EditSampling(planned)
     conds = {"all": host.encode_text(TEXTS), "empty": host.encode_text("")}
 
     def method(model: Any, x: Any, c: Any) -> Any:
-        return p2p.sample_edit(model, x, sigmas, c["all"], c["empty"], 5.0, edit=planned)
+        return p2p.sample_edit(model, x, sigmas, c["all"], c["empty"], 5.0, options)
 
     assert host.run(torch.randn(1, 4, 12, 20), conds, method).shape == (2, 4, 12, 20)
 
@@ -93,7 +94,7 @@ def test_the_map_of_a_word_is_a_picture_of_it(subject: Any) -> None:
     places = [read.find("circle"), read.find("sand")]
 
     def method(model: Any, x: Any, c: Any) -> Any:
-        path = invert(model, x, sigmas, c["source"], method="ddim")
+        path = invert(model, x, sigmas, c["source"])
         before = model.evaluations
         return p2p.word_maps(model, path, c["source"], places, levels=3), model.evaluations - before
 

@@ -11,10 +11,11 @@ from retrace.core.sampling import sample_ddim
 from retrace.hosts.diffusers import DiffusersHost
 from retrace.inversion.invert import invert
 from retrace.inversion.null_text.optimise import NullText, optimise_null_text
+from retrace.inversion.null_text.settings import NullTextSettings
 from retrace.metrics import psnr
 from retrace.models.pebble.scenes import heldout, render_batch
 
-SCALE = 7.5
+SETTINGS = NullTextSettings(scale=7.5)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,9 @@ def host() -> DiffusersHost:
     return DiffusersHost.load(None, device="cpu")
 
 
-def reconstruct(host: DiffusersHost, count: int, steps: int, **options: Any) -> tuple[NullText, dict[str, float]]:
+def reconstruct(
+    host: DiffusersHost, count: int, steps: int, settings: NullTextSettings = SETTINGS
+) -> tuple[NullText, dict[str, float]]:
     """The result and the mean PSNR of pictures: VAE alone, plain guided DDIM, null-text."""
     scenes = heldout(count)
     images = render_batch(scenes).permute(0, 2, 3, 1).contiguous()
@@ -37,11 +40,11 @@ def reconstruct(host: DiffusersHost, count: int, steps: int, **options: Any) -> 
     def method(model: Any, x: Any, c: Any) -> Any:
         cond, uncond = c["positive"], c["negative"]
         trajectory = invert(model, x, sigmas, cond)
-        found = optimise_null_text(model, trajectory, cond, uncond, SCALE, only_text_differs=True, **options)
+        found = optimise_null_text(model, trajectory, cond, uncond, settings, only_text_differs=True)
         back = trajectory.noise
         for i, embedding in enumerate(found.embeddings):
-            back = sample_ddim(model, back, sigmas[i : i + 2], cond, uncond.with_embedding(embedding), SCALE)
-        return found, sample_ddim(model, trajectory.noise, sigmas, cond, uncond, SCALE), back
+            back = sample_ddim(model, back, sigmas[i : i + 2], cond, uncond.with_embedding(embedding), settings.scale)
+        return found, sample_ddim(model, trajectory.noise, sigmas, cond, uncond, settings.scale), back
 
     found, plain, back = host.run(latents, conds, method, gradients=True)
     pictures = {"vae": latents, "plain": plain, "null": back}
@@ -59,6 +62,6 @@ def test_it_returns_to_the_autoencoders_bound(host: DiffusersHost) -> None:
 @pytest.mark.slow
 def test_the_default_costs_a_third_and_loses_nothing(host: DiffusersHost) -> None:
     quick, decibels = reconstruct(host, 1, 50)
-    reference, wanted = reconstruct(host, 1, 50, parity=True)
+    reference, wanted = reconstruct(host, 1, 50, SETTINGS.reference())
     assert quick.evaluations <= reference.evaluations / 3
     assert decibels["null"] >= wanted["null"] - 0.5
