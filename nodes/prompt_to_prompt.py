@@ -82,7 +82,8 @@ class PromptToPromptNode(io.ComfyNode):
                     "blend_words",
                     default="",
                     tooltip="Local blend: only what these words show may change, for example 'circle, square'. Give "
-                    "the word from the source and the one from the target. Empty: off.",
+                    "the word from the source and the one from the target. A list for each prompt: 'circle | square'. "
+                    "Empty: off.",
                 ),
                 io.String.Input(
                     "keep_words",
@@ -112,6 +113,32 @@ class PromptToPromptNode(io.ComfyNode):
                     "parity",
                     default=False,
                     tooltip="On: align words exactly as the authors' code does, including its errors.",
+                    **advanced(),
+                ),
+                _share(
+                    "cross_start",
+                    0.0,
+                    "The share of the steps in which words are free at first; cross_replace says where it ends.",
+                    optional=True,
+                    **advanced(),
+                ),
+                _share(
+                    "self_start",
+                    0.0,
+                    "The share of the steps in which the layout is free at first; self_replace says where it ends.",
+                    optional=True,
+                    **advanced(),
+                ),
+                io.Float.Input(
+                    "keep_threshold",
+                    default=-1.0,
+                    min=-1.0,
+                    max=1.0,
+                    step=0.05,
+                    round=0.001,
+                    optional=True,
+                    tooltip="Local blend: the threshold for the region of keep_words. Below 0: that of "
+                    "blend_threshold.",
                     **advanced(),
                 ),
             ],

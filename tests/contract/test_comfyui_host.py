@@ -61,7 +61,7 @@ def test_scales_convert_and_leave_an_empty_latent_alone(comfy_subject: Any) -> N
     assert torch.equal(latent, samples), "run() takes and gives latents in the model's scale"
 
 
-@pytest.mark.parametrize("grid", ["leading_0", "leading_1", "trailing"])
+@pytest.mark.parametrize("grid", ["leading_0", "leading_1", "uniform_plus_1", "trailing"])
 def test_grids_that_end_at_the_lowest_level_begin_at_its_variance(comfy_subject: Any, grid: str) -> None:
     """The papers' z0 has unit variance at that level: x = z0 sqrt(1 + sigma^2), as for every latent of theirs."""
     from retrace.hosts.comfyui.latents import clean_latent
@@ -71,16 +71,20 @@ def test_grids_that_end_at_the_lowest_level_begin_at_its_variance(comfy_subject:
     samples = host.from_model_scale(torch.randn(2, 4, 8, 8))
     z0 = host.to_model_scale(samples)
     positive = host.encode_text("a red circle")
+    lowest = float(host.training_sigmas()[0])
     for parity in (True, False):
         sigmas = reference_sigmas(grid, host.training_sigmas(), 4, parity)
-        last = float(sigmas[-1])
-        assert (last > 0) == parity
-        lowest = last == pytest.approx(float(host.training_sigmas()[0]), rel=1e-4)
-        expected = z0 * (1 + last**2) ** 0.5 if lowest else z0
-        assert parity == lowest and torch.equal(expected, z0) != parity
-        assert_rounds_to(clean_latent(host, samples, sigmas), expected, 2)
         inverted = invert_latent(host, samples, sigmas, positive, InversionSettings(), verify=False)
-        assert torch.equal(inverted.trajectory.source, clean_latent(host, samples, sigmas))
+        source = inverted.trajectory.source
+        if parity and grid != "trailing":
+            assert float(sigmas[-1]) == pytest.approx(lowest)
+            assert_rounds_to(source, z0 * (1 + lowest**2) ** 0.5, 2)
+            assert float((source / z0).mean()) > 1 + lowest**2 / 4  # more than rounding
+        else:
+            assert float(sigmas[-1]) == 0 and torch.equal(source, z0)
+        assert torch.equal(source, clean_latent(host, samples, sigmas))
+    higher = host.sigmas("normal", 4)[:-1]  # a path that ends elsewhere is taken as it is
+    assert torch.equal(clean_latent(host, samples, higher), z0)
 
 
 @pytest.mark.parametrize("kind", ["eps", "v", "flow"])
