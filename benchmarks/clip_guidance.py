@@ -21,7 +21,7 @@ from torch import Tensor
 from retrace.blending.blend import BlendSettings, keep_source
 from retrace.blending.paste import paste_background
 from retrace.blending.sample import Sampling, first_latent, sample_blended
-from retrace.clip_guidance import Augmentations, ClipGuidance, GuidedRun, Schedule, View, Weights
+from retrace.clip_guidance import Augmentations, ClipGuidance, GuidedRun, Look, Schedule, View, Weights
 from retrace.core.sampling import ancestral_steps, cfg, sample, steered
 from retrace.hosts.diffusers import DiffusersHost
 from retrace.masks import mask_precision
@@ -59,7 +59,7 @@ class Variant:
     weights: Weights = Weights()  # noqa: RUF009 - frozen
     augmentations: Augmentations = Augmentations()  # noqa: RUF009 - frozen
     view: View = "region"
-    parity: bool = False
+    look: Look = Look()  # noqa: RUF009 - frozen
     blend: bool = True
 
 
@@ -90,7 +90,7 @@ def edit(
         weights=variant.weights,
         augmentations=variant.augmentations,
         view=variant.view,
-        parity=variant.parity,
+        look=variant.look,
     )
     highest = float(host.training_sigmas()[-1])
 
@@ -155,7 +155,7 @@ def variants(host: DiffusersHost) -> dict[str, Variant]:
         "x0, weights instead of dsg": replace(x0, schedule=Schedule("x0", last=last), weights=Weights(clip=10000.0)),
         "full, weights instead of dsg": replace(full, schedule=Schedule("full", last=last)),
         "x0, every second step": Variant(Schedule("x0", last=last, dsg=0.7, every=2)),
-        "x0, mask before views (parity)": replace(x0, parity=True),
+        "x0, mask before views (parity)": replace(x0, look=Look.reference()),
     }
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from comfy_api.latest import io
 
-from ..retrace.clip_guidance import Augmentations, ClipGuidance, Schedule, Weights
+from ..retrace.clip_guidance import Augmentations, ClipGuidance, GradientPath, Look, Schedule, View, Weights
 from ..retrace.metrics import load_lpips
 from ..retrace.models.clip.model import ImageTextModel
 from ._errors import reports_errors
 from ._schema import ImageText, advanced, schema, seed_input
+
+if TYPE_CHECKING:
+    from ..retrace.hosts.comfyui.types import Model, Vae
 
 
 class CLIPGuidance(io.ComfyNode):
@@ -47,7 +50,7 @@ class CLIPGuidance(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "gradient",
-                    options=["x0", "full"],
+                    options=list(get_args(GradientPath)),
                     default="x0",
                     tooltip="x0: the gradient stops at the clean estimate; a guided step goes through the VAE and the "
                     "CLIP and back, but not back through the model. full: back through the model as well, as in the "
@@ -55,7 +58,7 @@ class CLIPGuidance(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "view",
-                    options=["region", "picture"],
+                    options=list(get_args(View)),
                     default="region",
                     tooltip="What the CLIP sees. region: the masked part on grey, as in the paper. picture: the whole "
                     "image.",
@@ -140,7 +143,7 @@ class CLIPGuidance(io.ComfyNode):
                     "parity",
                     default=False,
                     tooltip="On: follow the authors' code where it differs from the paper: mask before views, source "
-                    "unmasked, noisy and clean image mixed.",
+                    "unmasked, noisy and clean image mixed, and with euler_ancestral a weaker push at low noise.",
                     **advanced(),
                 ),
             ],
@@ -155,19 +158,19 @@ class CLIPGuidance(io.ComfyNode):
     @reports_errors("CLIP Guidance")
     def execute(
         cls,
-        model: Any,
+        model: Model,
         clip: ImageTextModel,
         prompt: str,
         strength: float,
-        gradient: Any,
-        view: Any,
+        gradient: GradientPath,
+        view: View,
         augmentations: int,
         start_percent: float,
         end_percent: float,
         every: int,
         seed: int,
         mask: torch.Tensor | None = None,
-        vae: Any = None,
+        vae: Vae = None,
         source: torch.Tensor | None = None,
         range: float = 50.0,
         background_mse: float = 0.0,
@@ -181,22 +184,24 @@ class CLIPGuidance(io.ComfyNode):
         if background_lpips:
             with torch.inference_mode(False):  # gradients go through it
                 lpips = load_lpips("vgg")
+        weights = Weights(clip=strength, range=range, background_lpips=background_lpips, background_mse=background_mse)
         guidance = ClipGuidance(
             clip,
             prompt,
             mask,
             source,
             lpips,
-            weights=Weights(strength, range, background_lpips, background_mse),
-            augmentations=Augmentations(augmentations),
+            weights=weights,
+            augmentations=Augmentations(count=augmentations),
             view=view,
-            parity=parity,
+            look=Look.reference() if parity else Look(),
         )
+        schedule = Schedule(path=gradient, every=every, dsg=dsg, move="variance" if parity else "score")
         return io.NodeOutput(
             patch_clip_guidance(
                 model,
                 guidance,
-                Schedule(gradient, every=every, dsg=dsg),
+                schedule,
                 vae=vae,
                 start_percent=start_percent,
                 end_percent=end_percent,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import torch
 from comfy_api.latest import io, ui
 
-from ..retrace.clip_guidance.ranking import Region, rank_by_clip
+from ..retrace.clip_guidance.ranking import Region, rank_by_clip, rank_by_reference
 from ..retrace.models.clip.model import ImageTextModel
 from ..retrace.pictures.labels import with_labels
 from ._errors import reports_errors
@@ -74,15 +74,16 @@ class RankByCLIP(io.ComfyNode):
         images: torch.Tensor,
         clip: ImageTextModel,
         prompt: str,
-        region: str,
+        region: Region,
         keep: int,
         parity: bool,
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         from ..retrace.hosts.comfyui.image_text import on_compute_device
 
+        rank = rank_by_reference if parity else rank_by_clip
         with on_compute_device(clip):
-            ranking = rank_by_clip(images, prompt, clip, mask, cast(Region, region), parity)
+            ranking = rank(images, prompt, clip, mask, region)
         count = keep or len(images)
         chosen = images[list(ranking.order[:count])]
         text = ranking.text()

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..core.checks import check_latent, check_mask, check_whole, require_choice
+from ..core.checks import check_choice, check_latent, check_mask, check_whole
 from ..core.errors import InvalidImage, InvalidInput, InvalidSchedule, Remedy
 from ..core.host import Parametrisation, add_noise
 from ..core.schedule import step_of
@@ -58,11 +58,11 @@ class BlendSettings:
     ending: Ending = "source"
 
     def __post_init__(self) -> None:
-        require_choice("noise", self.noise, get_args(NoiseMode))
-        require_choice("level", self.level, get_args(Level))
-        require_choice("cells", self.cells, get_args(LatentMaskMode))
-        require_choice("noise_for", self.noise_for, get_args(NoiseFor))
-        require_choice("ending", self.ending, get_args(Ending))
+        check_choice("noise", self.noise, get_args(NoiseMode))
+        check_choice("level", self.level, get_args(Level))
+        check_choice("cells", self.cells, get_args(LatentMaskMode))
+        check_choice("noise_for", self.noise_for, get_args(NoiseFor))
+        check_choice("ending", self.ending, get_args(Ending))
         check_whole("stages", self.stages, minimum=0)
 
     @classmethod
@@ -78,7 +78,7 @@ class BlendSettings:
         Raises:
             InvalidSetting: another script.
         """
-        require_choice("script", script, get_args(Reference))
+        check_choice("script", script, get_args(Reference))
         return cls(
             noise="fresh",
             level="next" if script == "ldm" else "current",

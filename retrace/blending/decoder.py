@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..core.checks import (
+    check_choice,
     check_image,
     check_mask,
     check_same_size,
     check_steps,
     check_whole,
     match_batch,
-    require_choice,
 )
 from ..core.errors import InvalidImage, InvalidSetting, RetraceError
 from ..metrics.quality import decibel
@@ -74,7 +74,7 @@ class Training:
     def __post_init__(self) -> None:
         check_steps("steps", self.steps, minimum=0)
         check_whole("patience", self.patience, minimum=0)
-        require_choice("target", self.target, get_args(Target))
+        check_choice("target", self.target, get_args(Target))
         if not 0 < self.learning_rate < 1:
             raise InvalidSetting(
                 f"learning_rate: got {self.learning_rate:g}, but a number above 0 and below 1 is needed (the paper has "

@@ -8,7 +8,7 @@ from typing import Protocol, get_args
 import torch
 from torch import Tensor
 
-from ..core.checks import check_image, check_mask, require_choice
+from ..core.checks import check_choice, check_image, check_mask
 from ..core.errors import InvalidSetting
 from .blend import BlendRun, Level
 
@@ -55,7 +55,7 @@ class PixelBlending:
         source = check_image("source", self.source)
         object.__setattr__(self, "source", source)
         object.__setattr__(self, "mask", check_mask("mask", self.mask, (source.shape[1], source.shape[2])))
-        require_choice("level", self.level, get_args(Level))
+        check_choice("level", self.level, get_args(Level))
         if not 0 <= self.share <= 1:
             raise InvalidSetting(f"share: got {self.share:g}, but a share of the steps from 0 to 1 is needed.")
 

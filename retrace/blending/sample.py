@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..core.checks import require_choice
+from ..core.checks import check_choice
 from ..core.host import Conditioning, Denoiser, Parametrisation, add_noise, picture_share
 from ..core.sampling import Guide, SampleStep, ancestral_steps, cfg, ddim_step, sample, steered
 from .blend import Blend
@@ -46,7 +46,7 @@ class Sampling:
     guide: Guide | None = None
 
     def __post_init__(self) -> None:
-        require_choice("start", self.start, get_args(Start))
+        check_choice("start", self.start, get_args(Start))
 
     def first(self, x0: Tensor, sigma: float, parametrisation: Parametrisation) -> Tensor:
         """The latent ``[B, C, h, w]`` that a run begins with at noise level ``sigma``."""

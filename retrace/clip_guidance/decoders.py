@@ -1,4 +1,4 @@
-"""Pictures from latents that cost next to nothing, for guidance that needs no more than a rough look."""
+"""Images from latents that cost next to nothing, for guidance that needs no more than a rough look."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core.errors import UnsupportedModel
 
 Decoder = Callable[[Tensor], Tensor]
-"""Latents ``[B, C, h, w]`` to pictures ``[B, 3, H, W]`` around -1..1, with gradients."""
+"""Latents ``[B, C, h, w]`` to images ``[B, 3, H, W]`` around -1..1, with gradients."""
 
 
 def linear_decoder(factors: Tensor, bias: Tensor | None = None) -> Decoder:
@@ -26,14 +26,14 @@ def linear_decoder(factors: Tensor, bias: Tensor | None = None) -> Decoder:
         if latent.shape[1] != len(factors):
             raise UnsupportedModel(
                 f"The linear map to colours is for latents of {len(factors)} channels, and this model's have "
-                f"{latent.shape[1]}. Connect a VAE."
+                f"{latent.shape[1]}. Pass a VAE."
             )
-        picture = torch.einsum("bchw,cd->bdhw", latent.float(), factors.to(latent.device, torch.float32))
-        return picture if bias is None else picture + bias.to(picture)[:, None, None]
+        image = torch.einsum("bchw,cd->bdhw", latent.float(), factors.to(latent.device, torch.float32))
+        return image if bias is None else image + bias.to(image)[:, None, None]
 
     return decode
 
 
 def pixels(latent: Tensor) -> Tensor:
-    """The decoder of a pixel-space model: its latents are pictures."""
+    """The decoder of a pixel-space model: its latents are images."""
     return latent[:, :3].float()

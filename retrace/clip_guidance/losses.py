@@ -1,4 +1,4 @@
-"""What guidance asks of a picture, each as one number per picture ``[B]`` that gradients flow through."""
+"""What guidance asks of an image, each as one number per image ``[B]`` that gradients flow through."""
 
 from __future__ import annotations
 
@@ -9,26 +9,31 @@ from torch import Tensor
 def spherical_distance(a: Tensor, b: Tensor) -> Tensor:
     """Squared geodesic distance of unit vectors ``[..., D]``, halved: ``2 arcsin(|a - b| / 2)^2``, 0 to pi^2 / 2.
 
-    Crowson's loss for CLIP, which Avrahami et al. 2022 use in the place of the cosine distance of their eq. 4: it has
-    the same order, and a gradient that grows with the angle.
+    Crowson's loss for CLIP, which Avrahami et al. 2022 use instead of the cosine distance of their eq. 4: it has the
+    same order, and a gradient that grows with the angle.
     """
     # The norm has no gradient at 0, where the distance is at its minimum anyway.
     half = (F.normalize(a, dim=-1) - F.normalize(b, dim=-1)).square().sum(-1).clamp(min=1e-12).sqrt() / 2
     return 2 * half.clamp(max=1 - 1e-6).arcsin().square()
 
 
-def range_loss(picture: Tensor) -> Tensor:
-    """How far ``picture`` ``[B, C, H, W]`` leaves -1..1: mean squared excess over channels and pixels."""
-    return (picture - picture.clamp(-1, 1)).square().mean((1, 2, 3))
+def range_loss(image: Tensor) -> Tensor:
+    """How far ``image`` ``[B, C, H, W]`` leaves -1..1: mean squared excess over channels and pixels."""
+    return (image - image.clamp(-1, 1)).square().mean((1, 2, 3))
 
 
-def background_mse(picture: Tensor, source: Tensor, mask: Tensor, parity: bool = False) -> Tensor:
+def background_mse(image: Tensor, source: Tensor, mask: Tensor) -> Tensor:
     """Mean squared difference outside ``mask`` (Avrahami et al. 2022, eq. 5, second term).
 
-    ``picture`` and ``source`` are ``[B, 3, H, W]`` in -1..1, ``mask`` ``[B or 1, 1, H, W]``, 1 = edit. The mean is over
-    the whole picture. With ``parity`` the source is not masked, as in the authors' code: that adds its part inside the
-    mask, a constant.
+    ``image`` and ``source`` are ``[B, 3, H, W]`` in -1..1, ``mask`` ``[B or 1, 1, H, W]``, 1 = edit. The mean is over
+    the whole image.
     """
-    kept = 1 - mask
-    target = source if parity else source * kept
-    return (picture * kept - target).square().mean((1, 2, 3))
+    return reference_background_mse(image, source * (1 - mask), mask)
+
+
+def reference_background_mse(image: Tensor, source: Tensor, mask: Tensor) -> Tensor:
+    """:func:`background_mse` as in the authors' code, which leaves the source unmasked.
+
+    That adds the source's part inside the mask, a constant.
+    """
+    return (image * (1 - mask) - source).square().mean((1, 2, 3))

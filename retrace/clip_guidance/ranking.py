@@ -1,4 +1,4 @@
-"""Ranking of candidates: which picture of a batch shows best what the words say (Avrahami et al. 2022, section 3.3)."""
+"""Ranking of candidates: which image of a batch best shows what the words say (Avrahami et al. 2022, section 3.3)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.checks import check_image, check_mask, match_batch
-from ..core.errors import RetraceError
+from ..core.checks import check_choice, check_image, check_mask, match_batch
+from ..core.errors import InvalidInput, RetraceError
 from ..metrics.clip_score import View, cosines, region_views
 from ..models.clip.model import ImageTextModel
 from .losses import spherical_distance
@@ -24,7 +24,7 @@ _VIEWS: dict[Region, View] = {"masked": "inside", "box": "box", "whole": "whole"
 
 @dataclass(frozen=True)
 class Ranking:
-    """``order`` holds places in the batch, the best first; ``scores`` [B] float64 are in the order of the batch."""
+    """``order`` holds places in the batch, the best first; ``scores`` ``[B]`` float64 are in the order of the batch."""
 
     order: tuple[int, ...]
     scores: Tensor
@@ -38,61 +38,75 @@ class Ranking:
         return "\n".join([f"rank  index  {name}", *rows])
 
     def labels(self) -> list[str]:
-        """A short line for each picture, the best first."""
+        """A short line for each image, the best first."""
         return [f"{rank}: {self.scores[i]:.4f} [{i}]" for rank, i in enumerate(self.order, 1)]
 
 
 def rank_by_clip(
-    image: Tensor,
-    prompt: str,
-    clip: ImageTextModel,
-    mask: Tensor | None = None,
-    region: Region = "masked",
-    parity: bool = False,
+    image: Tensor, prompt: str, clip: ImageTextModel, mask: Tensor | None = None, region: Region = "masked"
 ) -> Ranking:
-    """Order the pictures of a batch by how well they show ``prompt``; equal ones stay in the order of the batch.
+    """Order the images of a batch by how well they show ``prompt``; equal ones stay in the order of the batch.
 
-    By default the score is the cosine of :func:`retrace.metrics.clip_score`. ``parity`` is the Blended Diffusion
-    reference: resized without a filter (bilinear), shown without the model's mean and standard deviation, and compared
-    by the spherical distance. Its CLIP so sees paler pictures than it was trained on.
+    The score is the cosine of :func:`retrace.metrics.clip_score`.
 
     Args:
-        image: [B,H,W,3], 0..1.
-        mask: [B or 1,H,W]; every pixel above 0 belongs to the region. None is the whole picture.
+        image: ``[B, H, W, 3]``, 0..1.
+        mask: ``[B or 1, H, W]``; every pixel above 0 belongs to the region. None is the whole image.
 
     Raises:
         InvalidImage: not images or a mask, different sizes, an empty mask.
-        RetraceError: an empty prompt, an unknown region, or scores that are NaN.
+        InvalidInput: an empty prompt.
+        InvalidSetting: an unknown region.
+        RetraceError: scores that are NaN.
     """
+    scores = cosines(_seen(image, prompt, clip, mask, region), prompt, clip)
+    return _ranking(scores, clip, distance=False)
+
+
+def rank_by_reference(
+    image: Tensor, prompt: str, clip: ImageTextModel, mask: Tensor | None = None, region: Region = "masked"
+) -> Ranking:
+    """:func:`rank_by_clip` as the code of Blended Diffusion does it.
+
+    Images are resized without a filter (bilinear), shown without the model's mean and standard deviation, and compared
+    by the spherical distance. The CLIP therefore sees paler images than it was trained on.
+    """
+    scores = _reference_distances(_seen(image, prompt, clip, mask, region), prompt, clip)
+    return _ranking(scores, clip, distance=True)
+
+
+def _seen(image: Tensor, prompt: str, clip: ImageTextModel, mask: Tensor | None, region: Region) -> list[Tensor]:
+    """What is shown of each image, after the checks of both rankings."""
     image = check_image("images", image)
     if not prompt.strip():
-        raise RetraceError("prompt: it is empty, so there is nothing to rank by. Say in words what you want to see.")
-    if region not in get_args(Region):
-        raise RetraceError(f"region: got {region!r}, but one of {', '.join(get_args(Region))} is needed.")
+        raise InvalidInput("prompt: it is empty, so there is nothing to rank by. Say in words what you want to see.")
+    check_choice("region", region, get_args(Region))
     size = (image.shape[1], image.shape[2])
     if mask is None or region == "whole":
         selected = torch.ones(1, *size, dtype=torch.bool)
     else:
         selected = match_batch(check_mask("mask", mask, size) > 0, len(image), "mask")
-    # An empty mask is an error above, so that every picture has its part.
-    pictures = [shown for shown in region_views(image, selected, clip, _VIEWS[region]) if shown is not None]
-    scores = _reference_distances(pictures, prompt, clip) if parity else cosines(pictures, prompt, clip)
+    # An empty mask is an error above, so that every image has its part.
+    return [shown for shown in region_views(image, selected, clip, _VIEWS[region]) if shown is not None]
+
+
+def _ranking(scores: Tensor, clip: ImageTextModel, *, distance: bool) -> Ranking:
     if bool(scores.isnan().any()):
         number = int(scores.isnan().nonzero()[0])
         raise RetraceError(
-            f"The CLIP '{clip.name}' answers NaN to picture {number}. Its weights are broken: load the file again, or "
+            f"The CLIP '{clip.name}' answers NaN to image {number}. Its weights are broken: load the file again, or "
             "another one."
         )
-    order = torch.sort(scores, descending=not parity, stable=True).indices
-    return Ranking(tuple(order.tolist()), scores, parity)
+    order = torch.sort(scores, descending=not distance, stable=True).indices
+    return Ranking(tuple(order.tolist()), scores, distance)
 
 
-def _reference_distances(pictures: Sequence[Tensor], prompt: str, clip: ImageTextModel) -> Tensor:
+def _reference_distances(images: Sequence[Tensor], prompt: str, clip: ImageTextModel) -> Tensor:
     rows = []
     with torch.no_grad():
         words = clip.encode_texts([prompt])
-        for picture in pictures:
-            pixels = picture.to(clip.device, torch.float32).movedim(-1, 1)
+        for image in images:
+            pixels = image.to(clip.device, torch.float32).movedim(-1, 1)
             pixels = F.interpolate(pixels, clip.size, mode="bilinear", align_corners=False)
             rows.append(spherical_distance(clip.model.encode_image(pixels).float(), words)[0].cpu().double())
     return torch.stack(rows)

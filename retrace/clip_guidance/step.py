@@ -12,33 +12,45 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..core.errors import RetraceError
+from ..core.checks import check_choice, check_whole
+from ..core.errors import InvalidSetting, RetraceError
 from ..core.host import Parametrisation, picture_share
 from ..core.schedule import step_of
 from .decoders import Decoder
 from .objective import ClipGuidance
 
-GradientPath = Literal["full", "x0"]
+GradientPath = Literal["x0", "full"]
+Move = Literal["score", "variance"]
 Predict = Callable[[Tensor], Tensor]
 """A latent ``[B, C, h, w]`` to its guided clean estimate."""
 
 
 FAINTEST = 0.02
-"""Share of the picture in a flow model's latent below which there is nothing to guide, and 1 / share blows up."""
+"""Share of the image in a flow model's latent below which there is nothing to guide, and 1 / share blows up."""
 
 
 @dataclass(frozen=True)
 class Schedule:
     """On which steps to guide, and how.
 
-    ``path``: ``full`` takes the gradient through the network, to the noisy latent; ``x0`` stops at the clean estimate
-    (He et al. 2024, MPGD), which needs no backward pass of the network. ``first`` and ``last`` are the noise levels
-    between which to guide, ``every`` n-th step of these only. ``dsg`` > 0 takes only the direction of the gradient and
-    moves the next latent of a sampler with DDPM's noise (``euler_ancestral``) by this share of the length of that noise
-    (Yang et al. 2024, eq. 12), however large the weights are.
+    Args:
+        path: ``"full"`` takes the gradient through the network, to the noisy latent; ``"x0"`` stops at the clean
+            estimate (He et al. 2024, MPGD), which needs no backward pass of the network.
+        first, last: the noise levels between which to guide.
+        every: n-th step of these only.
+        dsg: above 0 only the direction of the gradient counts, and the next latent of a sampler with DDPM's noise
+            (``euler_ancestral``) moves by this share of the length of that noise (Yang et al. 2024, eq. 12), however
+            large the weights are.
+        move: how far the gradient moves the estimate. ``"score"``: the gradient is a part of the score, whatever the
+            sampler (DDIM in Dhariwal & Nichol 2021, algorithm 2). The mean of a DDPM step then moves by
+            ``beta / sqrt(1 - beta)`` times the gradient. ``"variance"``: by the variance of the step, ``beta (1 -
+            abar') / (1 - abar)`` with the next level's ``abar'``, as in their algorithm 1 and the code of Blended
+            Diffusion; only for samplers with DDPM's noise. It is weaker, by far at low noise, and nothing in the last
+            step. We keep the score as the default: a strength then means the same under every sampler, and the late
+            steps, which draw the details, are guided as well.
 
     Raises:
-        RetraceError: another path, ``every`` below 1, or a negative ``dsg``.
+        InvalidSetting: another path or move, ``every`` below 1, or a negative ``dsg``.
     """
 
     path: GradientPath = "x0"
@@ -46,16 +58,23 @@ class Schedule:
     last: float = 0.0
     every: int = 1
     dsg: float = 0.0
+    move: Move = "score"
 
     def __post_init__(self) -> None:
-        if self.path not in get_args(GradientPath):
-            raise RetraceError(
-                f"gradient: got {self.path!r}, but one of {', '.join(get_args(GradientPath))} is needed."
-            )
-        if self.every < 1:
-            raise RetraceError(f"every: got {self.every}, but 1 (every step) or more is needed.")
+        check_choice("gradient", self.path, get_args(GradientPath))
+        check_choice("move", self.move, get_args(Move))
+        check_whole("every", self.every)
         if not 0 <= self.dsg < math.inf:
-            raise RetraceError(f"dsg: got {self.dsg}, but 0 (off) or more is needed (try 0.1).")
+            raise InvalidSetting(f"dsg: got {self.dsg}, but 0 (off) or more is needed (try 0.1).")
+
+    @classmethod
+    def reference(cls) -> Schedule:
+        """That of the authors' code with its DDPM sampler, our ``euler_ancestral``.
+
+        Their network also learned the variance, between ``beta (1 - abar') / (1 - abar)`` and ``beta``; models without
+        a learned one take the former. With their ``--ddim``, our ``euler``, it is ``Schedule("full")``.
+        """
+        return cls("full", move="variance")
 
     def guides(self, sigmas: Tensor) -> list[bool]:
         """For each step of ``sigmas`` ``[N + 1]`` whether it is guided."""
@@ -74,10 +93,10 @@ class GuidedRun:
     """CLIP guidance for one run of a sampler.
 
     Args:
-        guidance: what the picture shall become.
+        guidance: what the image is to become.
         schedule: when and how.
         sigmas: the levels ``[N + 1]`` of the run, most noise first.
-        decode: latents to pictures.
+        decode: latents to images.
         differentiable: a context in which gradients flow through the network, for the path ``full``.
         parametrisation: of the model.
         seed: of the views.
@@ -124,7 +143,7 @@ class GuidedRun:
                 denoised = predict(own)
                 if not denoised.requires_grad:
                     raise RetraceError(
-                        "CLIP Guidance: no gradient comes through the model; a patch on it (a cache, for example) "
+                        "CLIP guidance: no gradient comes through the model; a patch on it (a cache, for example) "
                         "hands out predictions of its own. Remove it, or choose the gradient path 'x0'."
                     )
                 (gradient,) = torch.autograd.grad(self._loss(own, denoised, sigma), own, retain_graph=inner)
@@ -142,38 +161,54 @@ class GuidedRun:
         denoised = denoised if inner else denoised.detach()
         if not bool(torch.isfinite(move).all()):
             raise RetraceError(
-                f"CLIP Guidance: the gradient at noise level {sigma:.4g} is NaN or infinite. Run the model in bf16 or "
+                f"CLIP guidance: the gradient at noise level {sigma:.4g} is NaN or infinite. Run the model in bf16 or "
                 "32-bit, the VAE in 32-bit, or lower the weights."
             )
         if self.schedule.dsg:
-            move = self._of_length(move, float(self.sigmas[step]), float(self.sigmas[step + 1]))
+            move = self._of_length(move, step)
+        elif self.schedule.move == "variance":
+            move = move * self._variance_share(step)
         return denoised - move.to(denoised)
 
     def _loss(self, x: Tensor, denoised: Tensor, sigma: float) -> Tensor:
-        picture = self.decode(denoised)
+        image = self.decode(denoised)
         shown = None
-        if self.guidance.parity:
+        if self.guidance.look.shown == "mixed":
             # The authors' code shows f D + (1 - f) x_t with f = sqrt(1 - alpha_bar), x_t variance-preserving.
             share = picture_share(sigma, self.parametrisation)
             total = math.hypot(share, sigma)
             f = sigma / total
             shown = self.decode(denoised * f + x / total * (1 - f))
-        loss = self.guidance.loss(picture, self.words, self.generator, shown)
+        loss = self.guidance.loss(image, self.words, self.generator, shown)
         self.losses.append(loss.detach().mean())
         return loss.sum()
 
-    def _of_length(self, move: Tensor, sigma: float, sigma_next: float) -> Tensor:
-        """``move`` of the estimate with the length for which an ancestral step goes ``dsg`` times as far as its noise.
-
-        The noise and what a move of the estimate makes of the mean are those of
-        :func:`ancestral_step`.
-        """
-        if sigma_next <= 0 or sigma_next >= sigma:
+    def _of_length(self, move: Tensor, step: int) -> Tensor:
+        """``move`` with the length for which an ancestral step goes ``dsg`` times as far as its noise."""
+        if not 0 < float(self.sigmas[step + 1]) < float(self.sigmas[step]):
             return torch.zeros_like(move)
+        noise, pull = self._ancestral(step)
+        norm = move.flatten(1).norm(dim=1).clamp(min=1e-12).reshape(-1, 1, 1, 1)
+        result: Tensor = move / norm * (self.schedule.dsg * (noise / pull) * math.sqrt(move[0].numel()))
+        return result
+
+    def _variance_share(self, step: int) -> float:
+        """What takes the move by the score to the one whose mean moves by its variance times the gradient.
+
+        Both are meant for latents of unit variance: there the gradient is ``total`` times, and the mean ``1 / total``.
+        """
+        if float(self.sigmas[step + 1]) <= 0:
+            return 0.0
+        noise, pull = self._ancestral(step)
+        sigma, sigma_next = float(self.sigmas[step]), float(self.sigmas[step + 1])
+        shares = [picture_share(s, self.parametrisation) for s in (sigma, sigma_next)]
+        total, total_next = (math.hypot(share, s) for share, s in zip(shares, (sigma, sigma_next), strict=True))
+        return noise**2 * total / total_next / (pull * sigma**2 / shares[0])
+
+    def _ancestral(self, step: int) -> tuple[float, float]:
+        """Of :func:`ancestral_step`: the length of its noise, and how far its mean goes with the clean estimate."""
+        sigma, sigma_next = float(self.sigmas[step]), float(self.sigmas[step + 1])
         low = sigma_next**2 / sigma
         share, share_next, share_low = (picture_share(s, self.parametrisation) for s in (sigma, sigma_next, low))
         down = low * share_next / share_low
-        spread = math.sqrt(sigma_next**2 - down**2) / (share_next - down * share / sigma)
-        norm = move.flatten(1).norm(dim=1).clamp(min=1e-12).reshape(-1, 1, 1, 1)
-        step: Tensor = move / norm * (self.schedule.dsg * spread * math.sqrt(move[0].numel()))
-        return step
+        return math.sqrt(sigma_next**2 - down**2), share_next - down * share / sigma

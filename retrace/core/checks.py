@@ -205,12 +205,6 @@ def _whole(name: str, number: object, minimum: int, maximum: int | None, error: 
     return number
 
 
-def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise :class:`InvalidSetting` unless ``value`` is one of ``choices`` (``get_args`` of a ``Literal``)."""
-    if value not in choices:
-        raise InvalidSetting(f"{name}: got {value!r}, but one of {', '.join(choices)} is needed.")
-
-
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise InvalidSetting unless ``value`` is one of ``choices``."""
     if value not in choices:

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.checks import check_mask, check_steps, check_whole, describe, require_choice
+from ..core.checks import check_choice, check_mask, check_steps, check_whole, describe
 from ..core.errors import InvalidImage
 
 LatentMaskMode = Literal["max", "area", "any", "nearest"]
@@ -35,7 +35,7 @@ def latent_mask(
         InvalidSetting: another mode, or ``factor`` below 1.
     """
     mask = check_mask("mask", mask, allow_empty=True)
-    require_choice("mode", mode, get_args(LatentMaskMode))
+    check_choice("mode", mode, get_args(LatentMaskMode))
     if size is None:
         factor = check_whole("factor", factor)
         if mask.shape[1] % factor or mask.shape[2] % factor:

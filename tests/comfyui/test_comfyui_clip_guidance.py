@@ -94,10 +94,10 @@ def test_without_blend_step_without_a_vae_with_dsg(server: ComfyServer) -> None:
     ("changes", "words"),
     [
         ({"prompt": " "}, ("CLIP Guidance: prompt", "empty")),
-        ({"background_mse": 1.0}, ("background", "Connect both")),
+        ({"background_mse": 1.0}, ("background", "Give both")),
         ({"strength": 0.0, "range": 0.0}, ("nothing to guide",)),
         ({"background_lpips": 1.0, "source": ["scene", 0]}, ("vgg16", "download", "folder")),
-        ({"mask": None, "background_mse": 1.0, "source": ["scene", 0]}, ("Connect both",)),
+        ({"mask": None, "background_mse": 1.0, "source": ["scene", 0]}, ("Give both",)),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_runs(

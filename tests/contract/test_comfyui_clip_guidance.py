@@ -51,7 +51,7 @@ def patched(case: Any, path: Any, *, model: Any = None, schedule: Any = None, va
     from retrace.hosts.comfyui.patches.clip_guidance import patch_clip_guidance
 
     # Weaker than by default: in four steps that would be a blow, whose rounding differences grow.
-    weights = Weights(100.0, 50.0)
+    weights = Weights(clip=100.0, range=50.0)
     guidance = ClipGuidance(case.clip, "a blue square", case.mask, weights=weights, augmentations=Augmentations(2))
     return patch_clip_guidance(
         model or case.host.model,
@@ -108,7 +108,7 @@ def test_core_samples_what_the_library_does(case: Any, path: GradientPath) -> No
     start = first_latent(host.to_model_scale(case.latent), noise, float(sigmas[0]), highest, host.parametrisation)
     with torch.inference_mode(False):
         mask = case.mask.clone()
-    weights = Weights(100.0, 50.0)
+    weights = Weights(clip=100.0, range=50.0)
     guidance = ClipGuidance(case.clip, "a blue square", mask, weights=weights, augmentations=Augmentations(2))
 
     def method(model: Any, x: Tensor, conds: Any) -> Any:
@@ -150,7 +150,9 @@ def test_half_of_the_steps(case: Any, path: GradientPath) -> None:
 def test_pictures_of_a_batch_do_not_meet(case: Any, path: GradientPath) -> None:
     from retrace.hosts.comfyui.patches.clip_guidance import patch_clip_guidance
 
-    weights = Weights(10.0, 5.0)  # rounding differs with the size of a batch, and strong guidance would enlarge that
+    weights = Weights(
+        clip=10.0, range=5.0
+    )  # rounding differs with the size of a batch, and strong guidance would enlarge that
     guidance = ClipGuidance(case.clip, "a blue square", case.mask, weights=weights, augmentations=Augmentations(1))
     model = patch_clip_guidance(case.host.model, guidance, Schedule(path), vae=case.host.vae)
     alone, both = sample(case, model), sample(case, model, batch=2)

@@ -16,6 +16,7 @@ from retrace.clip_guidance import (
     Augmentations,
     ClipGuidance,
     GuidedRun,
+    Look,
     Schedule,
     Weights,
     background_mse,
@@ -24,9 +25,10 @@ from retrace.clip_guidance import (
     spherical_distance,
 )
 from retrace.clip_guidance.decoders import pixels
-from retrace.clip_guidance.views import views
-from retrace.core.errors import InvalidImage, RetraceError, UnsupportedModel
-from retrace.core.sampling import ddim_step
+from retrace.clip_guidance.losses import reference_background_mse
+from retrace.clip_guidance.views import reference_views, views
+from retrace.core.errors import InvalidImage, InvalidSetting, RetraceError, UnsupportedModel
+from retrace.core.sampling import ancestral_step, ddim_step
 from retrace.models.clip.model import ImageTextModel
 
 pytestmark = pytest.mark.rounding
@@ -64,7 +66,7 @@ def stand_in() -> tuple[ImageTextModel, Eye]:
 
 
 def guidance(**changes: Any) -> ClipGuidance:
-    given: dict[str, Any] = {"weights": Weights(1.0, 0.0), "augmentations": Augmentations(1), **changes}
+    given: dict[str, Any] = {"weights": Weights(clip=1.0, range=0.0), "augmentations": Augmentations(1), **changes}
     return ClipGuidance(stand_in()[0], "blue", **given)
 
 
@@ -97,7 +99,7 @@ class TestLosses:
         # The authors' code: mean((x (1 - m) - init)^2), with init as it is.
         source += 0.5
         assert float(background_mse(picture, source, mask)) == pytest.approx(0.125)
-        assert float(background_mse(picture, source, mask, parity=True)) == pytest.approx(0.25)
+        assert float(reference_background_mse(picture, source, mask)) == pytest.approx(0.25)
 
 
 class TestViews:
@@ -126,19 +128,20 @@ class TestViews:
             assert 0.02 < share < 0.35 and not torch.equal(view, seen[0])
 
     def test_pictures_of_any_size_become_the_clips(self) -> None:
-        for parity in (True, False):
-            assert views(torch.rand(2, 3, 40, 24), None, (8, 8), Augmentations(1), generator(), parity).shape == (
-                2,
-                3,
-                8,
-                8,
-            )
+        for see in (views, reference_views):
+            assert see(torch.rand(2, 3, 40, 24), None, (8, 8), Augmentations(1), generator()).shape == (2, 3, 8, 8)
+
+    def test_the_reference_masks_first_and_shrinks_by_averaging(self) -> None:
+        picture = torch.rand(1, 3, 16, 16, generator=generator())
+        mask = (torch.rand(1, 1, 16, 16, generator=generator()) > 0.5).float()
+        seen = reference_views(picture, mask, (8, 8), Augmentations(1), generator())
+        assert torch.allclose(seen, F.avg_pool2d(picture * mask, 2), atol=1e-6)
 
 
 class TestGuidance:
     def test_loss_is_the_mean_over_the_views_and_apart_for_each_picture(self) -> None:
         both = torch.rand(2, 3, 8, 8, generator=generator()) * 2 - 1
-        g = guidance(weights=Weights(10.0, 3.0))
+        g = guidance(weights=Weights(clip=10.0, range=3.0))
         loss = g.loss(both, g.words(), generator())
         alone = torch.cat([g.loss(one[None], g.words(), generator()) for one in both])
         colour = F.normalize((both / 2 + 0.5).mean((2, 3)), dim=-1)
@@ -157,7 +160,7 @@ class TestGuidance:
     def test_background_weights(self) -> None:
         mask, source = torch.zeros(1, 8, 8), torch.full((1, 8, 8, 3), 0.75)
         mask[:, :4] = 1
-        g = guidance(mask=mask, source=source, weights=Weights(0.0, 0.0, 0.0, 100.0))
+        g = guidance(mask=mask, source=source, weights=Weights(clip=0.0, range=0.0, background_mse=100.0))
         assert float(g.loss(torch.zeros(1, 3, 8, 8), g.words(), generator())) == pytest.approx(100 * 0.5**2 / 2)
         seen: list[Tensor] = []
 
@@ -166,7 +169,9 @@ class TestGuidance:
             return (a - b).square().sum((1, 2, 3))
 
         network = SimpleNamespace(to=lambda _: distance)
-        g = guidance(mask=mask, source=source, weights=Weights(0.0, 0.0, 2.0, 0.0), lpips=network)
+        g = guidance(
+            mask=mask, source=source, weights=Weights(clip=0.0, range=0.0, background_lpips=2.0), lpips=network
+        )
         assert float(g.loss(torch.zeros(1, 3, 8, 8), g.words(), generator())) == pytest.approx(2 * 0.25 * 3 * 32)
         assert all(not bool(t[..., :4, :].any()) for t in seen)
 
@@ -185,9 +190,16 @@ class TestGuidance:
             ({"prompt": "  "}, "empty"),
             ({"mask": torch.zeros(1, 8, 8)}, "mask"),
             ({"mask": torch.ones(1, 8, 8), "source": torch.zeros(1, 9, 8, 3)}, "same height"),
-            ({"weights": Weights(1, 1, 0, 1)}, "background"),
-            ({"weights": Weights(0, 0, 0, 0)}, "nothing to guide"),
-            ({"mask": torch.ones(1, 8, 8), "source": torch.zeros(1, 8, 8, 3), "weights": Weights(1, 1, 1, 0)}, "LPIPS"),
+            ({"weights": Weights(clip=1, range=1, background_mse=1)}, "background"),
+            ({"weights": Weights(clip=0, range=0)}, "nothing to guide"),
+            (
+                {
+                    "mask": torch.ones(1, 8, 8),
+                    "source": torch.zeros(1, 8, 8, 3),
+                    "weights": Weights(clip=1, range=1, background_lpips=1),
+                },
+                "LPIPS",
+            ),
         ],
     )
     def test_what_cannot_be_is_refused(self, changes: dict[str, Any], says: str) -> None:
@@ -198,9 +210,18 @@ class TestGuidance:
         g = guidance(mask=torch.ones(3, 8, 8))
         with pytest.raises(InvalidImage, match="3 masks for a batch of 2"):
             g.loss(torch.zeros(2, 3, 8, 8), g.words(), generator())
-        g = guidance(mask=torch.ones(1, 8, 8), source=torch.zeros(3, 8, 8, 3), weights=Weights(0, 0, 0, 1))
+        g = guidance(
+            mask=torch.ones(1, 8, 8), source=torch.zeros(3, 8, 8, 3), weights=Weights(clip=0, range=0, background_mse=1)
+        )
         with pytest.raises(InvalidImage, match="3 sources for a batch of 2"):
             g.loss(torch.zeros(2, 3, 8, 8), g.words(), generator())
+
+    def test_made_in_inference_mode_it_still_takes_gradients(self) -> None:
+        with torch.inference_mode():
+            g = guidance(mask=torch.ones(1, 8, 8), source=torch.rand(1, 8, 8, 3))
+        assert g.mask is not None and not g.mask.is_inference()
+        picture = torch.zeros(1, 3, 8, 8, requires_grad=True)
+        g.loss(picture, g.words(), generator()).sum().backward()
 
     def test_what_resizing_overshot_is_cut(self) -> None:
         assert float(guidance(mask=torch.full((1, 8, 8), 1.2)).mask.max()) == 1.0  # type: ignore[union-attr]
@@ -212,9 +233,9 @@ class TestSchedule:
         assert Schedule(first=4.0, last=1.0).guides(SIGMAS) == [False, True, True, True, False]
         assert Schedule(first=4.0, every=2).guides(SIGMAS) == [False, True, False, True, False]
 
-    @pytest.mark.parametrize("wrong", [{"path": "both"}, {"every": 0}, {"dsg": -0.1}])
+    @pytest.mark.parametrize("wrong", [{"path": "both"}, {"every": 0}, {"dsg": -0.1}, {"move": "far"}])
     def test_wrong_settings(self, wrong: dict[str, Any]) -> None:
-        with pytest.raises(RetraceError):
+        with pytest.raises(InvalidSetting):
             Schedule(**wrong)
 
 
@@ -291,13 +312,47 @@ class TestStep:
         noise = math.sqrt(sigma_next**2 - down**2) * math.sqrt(self.x[0].numel())
         assert torch.allclose((steps[0] - steps[1]).flatten(1).norm(dim=1), torch.tensor(0.2 * noise), rtol=1e-5)
 
-    def test_parity_shows_the_mix_of_clean_and_noisy(self) -> None:
+    def test_the_reference_shows_the_mix_of_clean_and_noisy(self) -> None:
         clip, eye = stand_in()
-        g = ClipGuidance(clip, "blue", augmentations=Augmentations(1), parity=True)
+        g = ClipGuidance(clip, "blue", augmentations=Augmentations(1), look=Look.reference())
         with torch.enable_grad():
             run(Schedule("full"), g=g).guide(self.x, 2.0, shrink)
         f, x_t = math.sqrt(0.8), self.x / math.sqrt(5)
         assert torch.allclose(eye.shown[-1] * 2 - 1, f * shrink(self.x) + (1 - f) * x_t, atol=1e-6)
+
+    @pytest.mark.parametrize("path", ["x0", "full"])
+    @pytest.mark.parametrize("t", [990, 500, 110, 20, 10])
+    def test_the_references_mean_moves_by_the_variance_of_the_step(self, path: Any, t: int) -> None:
+        """DDPM on every tenth of 1000 linear betas: the mean of p(x_{t-1} | x_t) plus its variance times g."""
+        x = self.x.double()
+        betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+        bars = (1 - betas).cumprod(0)
+        abar, before = float(bars[t]), float(bars[t - 10])
+        beta = 1 - abar / before
+        sigma, sigma_next = (math.sqrt((1 - a) / a) for a in (abar, before))
+        levels = torch.tensor([sigma, sigma_next, 0.0])
+
+        def mean_moves(schedule: Schedule) -> Tensor:
+            this = GuidedRun(guidance(), schedule, levels, pixels, contextlib.nullcontext, "eps")
+            with torch.enable_grad():
+                guided = this.guide(x, sigma, shrink)
+            means = [ancestral_step(x, d, sigma, sigma_next, x * 0, "eps") for d in (guided, shrink(x))]
+            return (means[0] - means[1]) * math.sqrt(before)
+
+        if path == "full":
+            g = -self.gradient(x * math.sqrt(abar), lambda y: shrink(y / math.sqrt(abar)))
+        else:  # the estimate's own gradient, with sigma^2 / (1 + sigma^2) standing in for the network's Jacobian
+            g = -self.gradient(shrink(x), lambda y: y) / (1 + sigma**2) / math.sqrt(abar)
+        variance = beta * (1 - before) / (1 - abar)
+        assert torch.allclose(mean_moves(Schedule(path, move="variance")), variance * g, rtol=2e-3, atol=1e-9)
+        ours = beta / math.sqrt(1 - beta)
+        assert torch.allclose(mean_moves(Schedule(path)), ours * g, rtol=2e-3, atol=1e-9)
+        assert ours / variance == pytest.approx({990: 1.22, 500: 1.09, 110: 1.19, 20: 2.86, 10: 22.0}[t], rel=0.1)
+
+    def test_the_references_last_step_is_not_moved(self) -> None:
+        assert Schedule.reference() == Schedule("full", move="variance")
+        moved = run(Schedule(move="variance")).guide(self.x, 0.5, shrink)
+        assert torch.equal(moved, shrink(self.x))
 
     def test_two_guidances_around_one_model_both_count(self) -> None:
         """As two nodes in a row: the outer one's gradient passes through what the inner one left of the estimate."""
@@ -342,5 +397,5 @@ def test_linear_decoder() -> None:
     decode = linear_decoder(factors, torch.tensor([0.0, 0.0, 0.5]))
     picture = decode(torch.ones(1, 2, 3, 3))
     assert picture.shape == (1, 3, 3, 3) and picture[0, :, 0, 0].tolist() == [1.0, 2.0, 0.5]
-    with pytest.raises(UnsupportedModel, match="Connect a VAE"):
+    with pytest.raises(UnsupportedModel, match="Pass a VAE"):
         decode(torch.ones(1, 4, 3, 3))

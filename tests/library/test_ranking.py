@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from retrace.clip_guidance.ranking import Region, rank_by_clip
-from retrace.core.errors import InvalidImage, RetraceError
+from retrace.clip_guidance.ranking import Region, rank_by_clip, rank_by_reference
+from retrace.core.errors import InvalidImage, InvalidInput, InvalidSetting, RetraceError
 from retrace.models.clip.model import ImageTextModel
 from retrace.pictures.labels import with_labels
 
@@ -77,11 +77,11 @@ def test_a_batch_of_one_and_a_mask_for_each() -> None:
     assert rank_by_clip(images, "red", MeanColour(), masks, "masked").order == (1, 2, 0, 3)
 
 
-def test_parity_is_the_reference_distance() -> None:
+def test_the_reference_ranks_by_a_distance() -> None:
     """2 arcsin(|u - v| / 2)^2 of unit vectors is half the squared angle, of pictures in 0..1 without mean and std."""
     images, mask = candidates()
     clip = MeanColour()
-    ranking = rank_by_clip(images, "red", clip, mask, "masked", parity=True)
+    ranking = rank_by_reference(images, "red", clip, mask, "masked")
     assert ranking.order == (1, 3, 2, 0) and ranking.distance and "lower is better" in ranking.text()
     angles = [math.acos(cosine(red)) ** 2 / 2 for red in (0.2, 0.9, 0.5, 0.9)]
     assert ranking.scores.tolist() == pytest.approx(angles, rel=1e-4)
@@ -102,9 +102,9 @@ def test_errors_say_what_to_do() -> None:
     with pytest.raises(InvalidImage, match=r"images: 1 of 3072 values"):
         images[0, 0, 0, 0] = float("nan")
         rank_by_clip(images, "red", MeanColour(), mask)
-    with pytest.raises(RetraceError, match=r"prompt: it is empty"):
+    with pytest.raises(InvalidInput, match=r"prompt: it is empty"):
         rank_by_clip(images[1:], " ", MeanColour(), mask)
-    with pytest.raises(RetraceError, match=r"region: got 'circle'"):
+    with pytest.raises(InvalidSetting, match=r"region: got 'circle'"):
         rank_by_clip(images[1:], "red", MeanColour(), mask, "circle")  # type: ignore[arg-type]
 
 
@@ -112,9 +112,9 @@ def test_scores_that_are_no_numbers_are_not_sorted() -> None:
     images, mask = candidates()
     clip = MeanColour()
     clip.encode_texts = lambda texts: torch.full((1, 3), float("nan"))  # type: ignore[method-assign]
-    for parity in (False, True):
-        with pytest.raises(RetraceError, match=r"'stand-in' answers NaN to picture 0"):
-            rank_by_clip(images, "red", clip, mask, parity=parity)
+    for rank in (rank_by_clip, rank_by_reference):
+        with pytest.raises(RetraceError, match=r"'stand-in' answers NaN to image 0"):
+            rank(images, "red", clip, mask)
 
 
 def test_labels_stand_below_the_pictures() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from .types import Executor
+from .types import Executor, Sampler
 
 
 class WrappedCall:
@@ -34,6 +34,8 @@ class SamplerCall(WrappedCall):
     """``Sampler.sample``: a whole run of a sampler (``WrappersMP.SAMPLER_SAMPLE``)."""
 
     names = ("model_wrap", "sigmas", "extra_args", "callback", "noise", "latent_image", "denoise_mask", "disable_pbar")
+    sampler: Sampler = None
+    """Whose ``sample`` it is."""
 
 
 class PredictionCall(WrappedCall):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -130,8 +131,7 @@ class ComfyHost:
         as inside :meth:`run` or ``torch.inference_mode(False)``.
         """
         vae = self._need("vae", "decode a latent")
-        if self._vae_clone is None:
-            self._vae_clone = gradient_modes.gradient_clone(vae.patcher)
+        self._clone_vae()
         memory = gradient_modes.GRAPH_MEMORY * vae.memory_used_decode(latent.shape, vae.vae_dtype)
         wanted = [self._vae_clone] if self._running is None else [self._running, self._vae_clone]
         with torch.inference_mode():
@@ -139,6 +139,17 @@ class ComfyHost:
         with gradient_modes.gradient_mode(vae.first_stage_model):
             samples = self.from_model_scale(plain.alias(latent))
             return vae.first_stage_model.decode(samples.to(vae.device, vae.vae_dtype)).float()  # type: ignore[no-any-return]
+
+    def beside(self, patcher: Any) -> ComfyHost:
+        """This host for a run of ``patcher`` that core has begun: a decoding keeps that model loaded beside the VAE."""
+        self._clone_vae()
+        host = copy.copy(self)
+        host._running = patcher
+        return host
+
+    def _clone_vae(self) -> None:
+        if self._vae_clone is None and self.vae is not None:
+            self._vae_clone = gradient_modes.gradient_clone(self.vae.patcher)
 
     @contextmanager
     def private_decoder(self, latent: Tensor) -> Iterator[nn.Module]:

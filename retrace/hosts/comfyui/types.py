@@ -34,5 +34,8 @@ ModelSampling: TypeAlias = Any
 Network: TypeAlias = Any
 """The diffusion network behind a MODEL, mostly a ``torch.nn.Module`` of ``comfy.ldm``."""
 
+Guider: TypeAlias = Any
+"""What core samples with: a ``comfy.samplers.CFGGuider``, with its patcher, conditions and options."""
+
 Executor: TypeAlias = Any
 """What core hands to a wrapper: calls the next one, ``class_obj`` is whose method is wrapped."""

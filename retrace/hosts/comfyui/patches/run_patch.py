@@ -53,6 +53,7 @@ class RunPatch:
     def sample(self, executor: Executor, *args: Any, **kwargs: Any) -> Tensor:
         """Around a whole run of a sampler."""
         call = SamplerCall(args, kwargs)
+        call.sampler = getattr(executor, "class_obj", None)
         # A copy, because some samplers (uni_pc) write into their list of sigmas.
         sigmas: Tensor = call["sigmas"].clone()
         run = self.begin(call)
@@ -61,14 +62,10 @@ class RunPatch:
             samples: Tensor = call.run(executor)
         finally:
             self.runs.pop(id(call["model_wrap"]), None)
-            self.end()
         # A sampler that stops early gives back a noisy latent, which flow models also divide by 1 - sigma.
         last = float(sigmas[-1])
         rescale = 1 - last if self.flow and 0 < last < 1 else 1.0
         return run.finish(samples * rescale) / rescale
-
-    def end(self) -> None:
-        """A run is over, also where it failed or was stopped."""
 
     def predict(self, executor: Executor, *args: Any, **kwargs: Any) -> Tensor:
         """Around every guided prediction. The sampler's own tensor is changed, so that its step starts from there."""
