@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import comfy.patcher_extension
 from torch import Tensor
@@ -80,7 +79,7 @@ class _ReferencePatch:
     def __init__(self, first_layer: int, start_percent: float, end_percent: float) -> None:
         self.first_layer, self.start_percent, self.end_percent = first_layer, start_percent, end_percent
 
-    def sample(self, executor: Executor, *args: Any, **kwargs: Any) -> Tensor:
+    def sample(self, executor: Executor, *args: object, **kwargs: object) -> Tensor:
         """Around a whole run of a sampler."""
         call = SamplerCall(args, kwargs)
         images = call["noise"].shape[0]
