@@ -17,7 +17,7 @@ from .large_models import Peak, arguments, build, conditions, use_comfyui
 from .results import Section, Table, machine
 
 if TYPE_CHECKING:
-    from retrace.core.host import Conditioning, Denoiser
+    from retrace.core.host import Conditioning, UNetDenoiser
     from retrace.drag.latent.result import Dragged
 
 SECTION = Section(
@@ -60,7 +60,7 @@ def main() -> None:
         ticks.append(time.perf_counter())
 
     def drag(settings: DragSettings) -> None:
-        def method(denoiser: Denoiser, x: torch.Tensor, conds: Mapping[str, Conditioning]) -> Dragged:
+        def method(denoiser: UNetDenoiser, x: torch.Tensor, conds: Mapping[str, Conditioning]) -> Dragged:
             source = DragSource(x, sigmas, conds["words"], noisy=True)
             return drag_points(denoiser, source, points, half, settings, tick)
 

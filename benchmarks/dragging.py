@@ -33,7 +33,7 @@ from retrace.attention.lora.settings import LoraTraining
 from retrace.attention.lora.train import train
 from retrace.attention.reference_kv import ReferenceKV
 from retrace.blending.paste import paste_background
-from retrace.core.host import Conditioning, Denoiser, LowRank
+from retrace.core.host import Conditioning, LowRank, UNetDenoiser
 from retrace.core.sampling import sample_ddim
 from retrace.core.schedule import reference_sigmas, truncate
 from retrace.drag.latent.edit import drag_points
@@ -182,7 +182,7 @@ def drag(host: DiffusersHost, job: Task, recipe: Recipe, lora: Mapping[str, LowR
     sigmas = truncate(grid, recipe.strength)
     started = time.perf_counter()
 
-    def work(model: Denoiser, latent: Tensor, conds: Mapping[str, Conditioning]) -> tuple[Tensor, int, int]:
+    def work(model: UNetDenoiser, latent: Tensor, conds: Mapping[str, Conditioning]) -> tuple[Tensor, int, int]:
         with model.adapters(lora) if lora is not None else nullcontext():
             source = DragSource(latent, sigmas, conds["words"])
             made = drag_points(model, source, job.points, job.mask, recipe.settings)
@@ -224,7 +224,7 @@ def learn(host: DiffusersHost, job: Task, training: LoraTraining) -> tuple[dict[
     """The LoRA of a scene, and how long it took."""
     conds = {"words": host.encode_text(job.scene.caption())}
 
-    def work(model: Denoiser, latent: Tensor, prepared: Mapping[str, Conditioning]) -> IdentityLora:
+    def work(model: UNetDenoiser, latent: Tensor, prepared: Mapping[str, Conditioning]) -> IdentityLora:
         return train(model, latent, prepared["words"], host.training_sigmas(), training)
 
     learned = host.run(host.encode_image(job.points.picture), conds, work, gradients=True)

@@ -32,7 +32,7 @@ class Trained:
 
 def train_lora(
     host: ComfyHost,
-    samples: Tensor,
+    samples: object,
     positive: ConditioningList,
     training: LoraTraining | None = None,
     callback: Callback | None = None,
@@ -50,7 +50,7 @@ def train_lora(
     training = training or LoraTraining()
     projection_layers(host.model.model.diffusion_model)
     _check_words(positive)
-    check_latent("latent", samples, host.latent_channels)
+    samples = check_latent("latent", samples, host.latent_channels)
     if not bool(torch.count_nonzero(samples)):
         raise InvalidImage("latent: it is empty, but an image to learn is needed.", Remedy.ENCODE_IMAGE)
     x0 = host.to_model_scale(samples.float())
