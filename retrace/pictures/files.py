@@ -56,7 +56,8 @@ def read_mask(path: Path, size: tuple[int, int]) -> Tensor:
 
 
 def _transparent(picture: Image.Image) -> bool:
-    return "A" in picture.getbands() and bool((np.array(picture.getchannel("A")) < 255).any())
+    # By its mode, since LAB has a band called A as well; _open makes RGBA of all that hold transparency.
+    return picture.mode == "RGBA" and bool((np.asarray(picture)[..., 3] < 255).any())
 
 
 def _open(path: Path) -> Image.Image:

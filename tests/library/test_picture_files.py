@@ -29,6 +29,12 @@ def test_opaque_pictures_of_any_mode_are_read(photo: Path, tmp_path: Path, mode:
     assert read_image(path).shape == (1, 24, 40, 3)
 
 
+def test_lab_is_opaque_although_a_band_of_it_is_called_a(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), (200, 40, 40)).convert("LAB").save(tmp_path / "lab.tiff")
+    levels = read_image(tmp_path / "lab.tiff")[0, 0, 0] * 255
+    assert levels.tolist() == pytest.approx([200, 40, 40], abs=4)
+
+
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
     Image.fromarray(np.full((8, 8), 257 * 100, dtype=np.uint16)).save(tmp_path / "deep.png")
     assert float(read_image(tmp_path / "deep.png").mean()) == pytest.approx(100 / 255, abs=1e-6)
