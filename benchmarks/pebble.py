@@ -22,6 +22,7 @@ from retrace.core.sampling import sample_ddim
 from retrace.hosts.diffusers import DiffusersHost
 from retrace.inversion.invert import InversionSettings, Method, invert
 from retrace.metrics import psnr
+from retrace.models.pebble.clip import load_clip, normalise
 from retrace.models.pebble.scenes import Scene, heldout, render_batch, sample_scene, scene_rng
 from retrace.models.pebble.weights import weights_folder
 from tools.scene_parser import found, parse
@@ -117,11 +118,24 @@ def prompt_following(host: Any, count: int, steps: int = 50, guidance: float = 5
 
 
 def clip_retrieval(count: int) -> Result:
-    from retrace.models.pebble.clip import load_clip, retrieval
-
     scenes = heldout(count)
     model, tokenize = load_clip()
     return {"top1_of_32": retrieval(model, tokenize, [s.caption() for s in scenes], render_batch(scenes))}
+
+
+@torch.inference_mode()
+def retrieval(model: Any, tokenize: Any, captions: list[str], images: Tensor, among: int = 32) -> float:
+    """Share of ``images`` ``[N, 3, H, W]`` in 0..1 whose own caption scores highest among ``among`` different ones."""
+    first = {c: i for i, c in reversed(list(enumerate(captions)))}
+    order = sorted(first.values())
+    hits = total = 0
+    for start in range(0, len(order) - among + 1, among):
+        which = order[start : start + among]
+        image = model.encode_image(normalise(images[which]), normalize=True)
+        text = model.encode_text(tokenize([captions[i] for i in which]), normalize=True)
+        hits += int(((image @ text.T).argmax(-1) == torch.arange(among)).sum())
+        total += among
+    return hits / total
 
 
 def inversion_round_trip(host: Any, count: int) -> Result:

@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from retrace.core.host import Conditioning, Denoiser
 from retrace.hosts.diffusers import DiffusersHost, configs
 from retrace.hosts.diffusers.loading import load_parts
 from retrace.hosts.diffusers.noise_schedule import SCHEDULERS, NoiseSchedule
-from retrace.hosts.diffusers.text import chunk
+from retrace.hosts.diffusers.text import _chunks
 from retrace.models.pebble.weights import weights_folder
 
 diffusers = pytest.importorskip("diffusers")
@@ -93,11 +94,10 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
 
 
 def test_chunks_are_75_tokens_between_start_and_end() -> None:
-    assert chunk([], 1, 2, 0, 6) == [[1, 2, 0, 0, 0, 0]]
-    assert chunk([[5, 6, 7, 8]], 1, 2, 0, 6) == [[1, 5, 6, 7, 8, 2]]
-    # a short group moves on whole, a long one is cut
-    assert chunk([[5, 6, 7], [8, 9]], 1, 2, 0, 6) == [[1, 5, 6, 7, 2, 0], [1, 8, 9, 2, 0, 0]]
-    assert chunk([list(range(10, 19))], 1, 2, 0, 6) == [
+    ids = SimpleNamespace(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    assert _chunks([], ids, 6) == [[1, 2, 0, 0, 0, 0]]
+    assert _chunks([5, 6, 7, 8], ids, 6) == [[1, 5, 6, 7, 8, 2]]
+    assert _chunks(list(range(10, 19)), ids, 6) == [
         [1, 10, 11, 12, 13, 2],
         [1, 14, 15, 16, 17, 2],
         [1, 18, 2, 0, 0, 0],

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from retrace.core.errors import InvalidFile, TrajectoryMismatch
 from retrace.core.trajectory import Trajectory
-from retrace.inversion.files import load_extra, load_trajectory, safe_name, save_trajectory
+from retrace.inversion.files import load_trajectory, load_with_extra, safe_name, save_trajectory
 
 METADATA = {
     "format": "retrace-trajectory",
@@ -55,7 +55,7 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert torch.equal(loaded.sigmas, original.sigmas) and torch.equal(loaded.latents, original.latents)
     assert (loaded.parametrisation, loaded.fingerprint, loaded.method) == ("flow", "f00d", "fixed_point")
     assert loaded.report == original.report
-    back = load_extra(path)
+    back = load_with_extra(path)[1]
     assert back.keys() == extra.keys()
     assert all(torch.equal(back[name], extra[name]) and back[name].dtype == extra[name].dtype for name in extra)
     assert os.listdir(path.parent) == ["photo.safetensors"]
@@ -68,7 +68,7 @@ def test_saving_again_replaces_and_views_are_fine(tmp_path: Path) -> None:
     view = Trajectory(loaded.sigmas[1:], loaded.latents[1:, :1], "eps", "beef", "ddim")
     save_trajectory(view, path)  # over the file that its tensors came from
     assert torch.equal(load_trajectory(path).latents, view.latents)
-    assert load_extra(path) == {}
+    assert load_with_extra(path)[1] == {}
 
 
 def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(

@@ -11,9 +11,6 @@ from torch import Tensor
 
 from ...core.prompt import Prompt, read_prompt
 
-# A word of at least this many tokens may be broken between two chunks; a shorter one moves to the next chunk whole.
-_LONG_WORD = 8
-
 
 @dataclass(frozen=True)
 class TextCondition:
@@ -31,26 +28,6 @@ class TextCondition:
 
     def to(self, device: torch.device) -> TextCondition:
         return TextCondition(self.embedding.to(device), None if self.pooled is None else self.pooled.to(device))
-
-
-def chunk(words: Sequence[Sequence[int]], start: int, end: int, pad: int, length: int = 77) -> list[list[int]]:
-    """Token ids of a prompt in rows of ``length``: start, tokens, end, padding.
-
-    ``words`` are the groups of tokens that should stay together: here the whole prompt, so that a long one is cut
-    every ``length - 2`` tokens.
-    """
-    room = length - 2
-    rows: list[list[int]] = [[]]
-    for word in words:
-        rest = list(word)
-        while len(rest) > room - len(rows[-1]):
-            if len(word) >= _LONG_WORD:
-                left = room - len(rows[-1])
-                rows[-1].extend(rest[:left])
-                rest = rest[left:]
-            rows.append([])
-        rows[-1].extend(rest)
-    return [[start, *row, end, *[pad] * (room - len(row))] for row in rows]
 
 
 class TextEncoder:
@@ -105,10 +82,17 @@ class TextEncoder:
     @staticmethod
     def _rows(tokenizer: Any, prompts: Sequence[str], length: int) -> list[list[int]]:
         """Token ids, the same number of rows for each prompt."""
-        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, length)
         found = []
         for prompt in prompts:
             tokens = tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
-            found.append(chunk([tokens] if tokens else [], *ends))
-        most = max(map(len, found))
-        return [row for rows in found for row in (*rows, *chunk([], *ends) * (most - len(rows)))]
+            found.append(_chunks(tokens, tokenizer, length))
+        empty, most = _chunks([], tokenizer, length), max(map(len, found))
+        return [row for rows in found for row in rows + empty * (most - len(rows))]
+
+
+def _chunks(tokens: list[int], tokenizer: Any, length: int) -> list[list[int]]:
+    """A prompt in rows of ``length``, at least one: start, up to ``length - 2`` tokens, end, padding."""
+    room = length - 2
+    parts = [tokens[i : i + room] for i in range(0, max(len(tokens), 1), room)]
+    start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    return [[start, *part, end, *[pad] * (room - len(part))] for part in parts]

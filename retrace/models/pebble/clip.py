@@ -58,18 +58,3 @@ def text_tower(state: dict[str, Tensor]) -> dict[str, Tensor]:
             out[f"{new}attn.in_proj_{kind}"] = torch.cat(parts)
             out |= {f"{new}{ours}.{kind}": sd[f"{old}{theirs}.{kind}"] for ours, theirs in names.items()}
     return out
-
-
-@torch.inference_mode()
-def retrieval(model: Any, tokenize: Any, captions: list[str], images: Tensor, among: int = 32) -> float:
-    """Share of ``images`` ``[N, 3, H, W]`` in 0..1 whose own caption scores highest among ``among`` different ones."""
-    first = {c: i for i, c in reversed(list(enumerate(captions)))}
-    order = sorted(first.values())
-    hits = total = 0
-    for start in range(0, len(order) - among + 1, among):
-        which = order[start : start + among]
-        image = model.encode_image(normalise(images[which]), normalize=True)
-        text = model.encode_text(tokenize([captions[i] for i in which]), normalize=True)
-        hits += int(((image @ text.T).argmax(-1) == torch.arange(among)).sum())
-        total += among
-    return hits / total
