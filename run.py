@@ -34,16 +34,14 @@ def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="run.py", description=__doc__.splitlines()[0] if __doc__ else None)
     commands = parser.add_subparsers(dest="command", required=True, metavar="demo | edit | test")
-    demo = commands.add_parser("demo", help="edit an example picture and write a contact sheet")
-    demo.add_argument(
-        "image", nargs="?", type=Path, help="a picture of your own; also needs --mask, --source, --prompt"
-    )
-    edit = commands.add_parser("edit", help="edit your own picture under a mask")
-    edit.add_argument("image", type=Path, help="the picture (PNG, JPEG, WebP, ...)")
+    demo = commands.add_parser("demo", help="edit an example image and write a contact sheet")
+    demo.add_argument("image", nargs="?", type=Path, help="an image of your own; needs --mask, --source and --prompt")
+    edit = commands.add_parser("edit", help="edit your own image under a mask")
+    edit.add_argument("image", type=Path, help="the image (PNG, JPEG, WebP, ...)")
     for command, needed in ((demo, False), (edit, True)):
-        command.add_argument("--mask", type=Path, required=needed, help="a grey picture of the same size, white = edit")
-        command.add_argument("--source", required=needed, help="what the picture shows, in words")
-        command.add_argument("--prompt", required=needed, help="what it shall show")
+        command.add_argument("--mask", type=Path, required=needed, help="a grey image of the same size, white = edit")
+        command.add_argument("--source", required=needed, help="what the image shows, in words")
+        command.add_argument("--prompt", required=needed, help="what it should show")
         command.add_argument("--model", type=Path, help="diffusers folder or .safetensors file (default: Pebble)")
         command.add_argument("--steps", type=int, help="sampling steps (default 50)")
         command.add_argument("--guidance", type=float, help="how strongly the prompt counts (default 7.5)")
@@ -52,7 +50,7 @@ def arguments() -> argparse.ArgumentParser:
             type=float,
             help="above 0, up to 1: how much noise the edit starts from (default 1)",
         )
-        command.add_argument("--seed", type=int, help="same seed, same picture (default 0)")
+        command.add_argument("--seed", type=int, help="same seed, same image (default 0)")
         command.add_argument(
             "--method", choices=("ddim", "fixed_point", "spdinv"), help="how to invert, fast to exact (default ddim)"
         )

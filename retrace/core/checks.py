@@ -1,7 +1,7 @@
 """Checks of what arrives from outside: every message names the input, what arrived, what is needed and what to do.
 
 Nothing is repaired silently. The one liberty: resizing filters overshoot a little, so values up to :data:`OVERSHOOT`
-beyond 0..1 are clamped, as saving the picture would do; anything further off is an error.
+beyond 0..1 are clamped, as saving the image would do; anything further off is an error.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _not_empty(name: str, value: Tensor, needed: str) -> None:
     if value.numel() == 0:
         raise InvalidImage(
             f"{name}: got {describe(value)}, which holds no values, but {needed} is needed. "
-            "Check the node before it: it gave an empty batch or a picture of size 0."
+            "Check the step before it: it gave an empty batch or an image of size 0."
         )
 
 
@@ -93,7 +93,7 @@ def check_image(name: str, image: object) -> Tensor:
     _finite(
         name,
         image,
-        "Look at the step that made the picture: a VAE in half precision is the usual cause (decode in 32-bit).",
+        "Look at the step that made the image: a VAE in half precision is the usual cause (decode in 32-bit).",
     )
     return _unit_range(name, image, Remedy.SCALE_IMAGE)
 
@@ -102,7 +102,7 @@ def check_mask(name: str, mask: object, size: tuple[int, int] | None = None, all
     """Return ``mask`` [B,H,W] (float 0..1, 1 = edit) when it is one; a bool mask becomes float.
 
     Args:
-        size: the (height, width) that the mask must have, usually that of the picture.
+        size: the (height, width) that the mask must have, usually that of the image.
         allow_empty: accept a mask that selects nothing at all.
 
     Raises:
@@ -129,7 +129,7 @@ def check_mask(name: str, mask: object, size: tuple[int, int] | None = None, all
     mask = _unit_range(name, mask, Remedy.SCALE_MASK)
     empty = (mask.amax(dim=(1, 2)) <= 0).tolist()
     if size is not None and tuple(mask.shape[1:]) != tuple(size):
-        # Core's Load Image answers a picture without transparency with 64x64 zeros: the size is not the real problem.
+        # Core's Load Image answers an image without transparency with 64x64 zeros: the size is not the real problem.
         placeholder = tuple(mask.shape[1:]) == (64, 64) and all(empty)
         raise InvalidImage(
             f"{name}: got {describe(mask)}, i.e. {mask.shape[2]}x{mask.shape[1]} pixels (width x height), "
@@ -164,13 +164,13 @@ def check_latent(name: str, samples: object, channels: int | None = None) -> Ten
     _not_empty(name, samples, needed)
     if channels is not None and samples.shape[1] != channels:
         raise InvalidImage(
-            f"{arrived} A latent with {samples.shape[1]} channels belongs to another kind of model: encode the picture "
+            f"{arrived} A latent with {samples.shape[1]} channels belongs to another kind of model: encode the image "
             "with the VAE of the model that is connected here."
         )
     _finite(
         name,
         samples,
-        "The latent is broken: encode the picture again (a VAE in half precision is the usual cause), or lower the "
+        "The latent is broken: encode the image again (a VAE in half precision is the usual cause), or lower the "
         "guidance of the step that made it.",
     )
     return samples
@@ -212,7 +212,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def match_batch(mask: Tensor, batch: int, name: str) -> Tensor:
-    """Give ``mask`` [1 or B, ...] the batch size ``batch``: one mask serves every picture, else one for each.
+    """Give ``mask`` [1 or B, ...] the batch size ``batch``: one mask serves every image, else one for each.
 
     It works on any tensor whose first dimension is the batch. The result is a view where it repeats.
 
@@ -223,7 +223,7 @@ def match_batch(mask: Tensor, batch: int, name: str) -> Tensor:
         return mask
     if mask.shape[0] != 1:
         raise InvalidImage(
-            f"{name}: got {mask.shape[0]} in {describe(mask)} for a batch of {batch} pictures, but one for all or one "
+            f"{name}: got {mask.shape[0]} in {describe(mask)} for a batch of {batch} images, but one for all or one "
             f"for each is needed. Give one, or exactly {batch}."
         )
     return mask.expand(batch, *mask.shape[1:])

@@ -1,4 +1,4 @@
-"""Structure distance: whether two pictures have the same layout, whatever they look like (Tumanyan et al. 2022)."""
+"""Structure distance: whether two images have the same layout, whatever they look like (Tumanyan et al. 2022)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..core.errors import InvalidImage
 
 
 def self_similarity(tokens: Tensor) -> Tensor:
-    """Cosine of every token with every other one: [B,N,C] to [B,N,N] (Splicing ViT Features, eq. 2)."""
+    """Cosine of every token with every other one: ``[B, N, C]`` to ``[B, N, N]`` (Splicing ViT Features, eq. 2)."""
     directions = F.normalize(tokens.float(), dim=-1)
     return directions @ directions.transpose(1, 2)
 
 
 def spatial_tokens(tokens: Tensor) -> Tensor:
-    """The tokens [B,N,C] of the parts of a square picture, without the class and register tokens before them.
+    """The tokens ``[B, N, C]`` of the parts of a square image, without the class and register tokens before them.
 
     N is then a square number; without it there is no telling how many come before.
     """
@@ -26,15 +26,16 @@ def spatial_tokens(tokens: Tensor) -> Tensor:
 
 
 def structure_distance(tokens: Tensor, target: Tensor) -> Tensor:
-    """Mean squared difference of the self-similarities of two pictures [B]: 0 for the same structure.
+    """Mean squared difference of the self-similarities of two images ``[B]``: 0 for the same structure.
 
     Eq. 3 of the paper is the Frobenius norm of the difference; its code and PIE-Bench (Ju et al. 2024) take the mean of
     the squares, as here. They take the keys of DINO's last layer with the class token; tokens of another network, or
     outputs of a block, give other numbers: compare only what one network measured.
 
     Args:
-        tokens: spatial tokens [B,N,C] of a vision transformer, for example of :meth:`ImageTextModel.visual_tokens`.
-        target: those of the other picture, [B or 1,N,C].
+        tokens: spatial tokens ``[B, N, C]`` of a vision transformer, for example of
+            :meth:`ImageTextModel.visual_tokens`.
+        target: those of the other image, ``[B or 1, N, C]``.
 
     Raises:
         InvalidImage: not tokens, or of another number.
@@ -42,7 +43,7 @@ def structure_distance(tokens: Tensor, target: Tensor) -> Tensor:
     if tokens.ndim != 3 or target.ndim != 3 or tokens.shape[1] != target.shape[1]:
         raise InvalidImage(
             f"tokens: got {describe(tokens)} and {describe(target)}, but [B, N, C] with the same N is needed. Take "
-            "both from one network, and from pictures of one size."
+            "both from one network, and from images of one size."
         )
     target = match_batch(target, tokens.shape[0], "target tokens").to(tokens.device)
     difference = self_similarity(tokens) - self_similarity(target)

@@ -18,7 +18,7 @@ _SMALLEST, _LARGEST, _MARGIN = 256, 512, 16
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture ``[H, W, 3]`` or ``[H, W]`` in 0..1 with a title and lines of text under it."""
+    """One image ``[H, W, 3]`` or ``[H, W]`` in 0..1 with a title and lines of text under it."""
 
     title: str
     picture: Tensor
@@ -34,7 +34,7 @@ def edit_panels(
     source_prompt: str,
     prompt: str,
 ) -> list[Panel]:
-    """The panels of one edit; pictures are ``[H, W, 3]``, the mask ``[H, W]``.
+    """The panels of one edit; images are ``[H, W, 3]``, the mask ``[H, W]``.
 
     ``scores`` holds the reports named ``reconstruction`` and ``edit``.
     """
@@ -70,7 +70,7 @@ def contact_sheet(panels: Sequence[Panel], heading: str) -> Image.Image:
     """The panels side by side, each with its title above and its lines below."""
     height, width = panels[0].picture.shape[:2]
     longest = max(height, width)
-    # Small pictures are enlarged by whole factors, which keeps their pixels square; large ones are reduced.
+    # Small images are enlarged by whole factors, which keeps their pixels square; large ones are reduced.
     scale = max(1, _SMALLEST // longest) if longest < _LARGEST else _LARGEST / longest
     cell, tall = max(_SMALLEST, round(width * scale)), round(height * scale)
     words = " ".join([heading, *(line for panel in panels for line in panel.lines)])

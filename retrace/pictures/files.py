@@ -1,4 +1,4 @@
-"""Pictures and masks as files: read with clear errors, written whole or not at all."""
+"""Images and masks as files: read with clear errors, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _GREY = 8.5  # levels of 255 that the channels of a grey image may be apart: a J
 
 
 def read_image(path: Path) -> Tensor:
-    """The picture in ``path`` as ``[1, H, W, 3]`` in 0..1, turned the way its EXIF entry says.
+    """The image in ``path`` as ``[1, H, W, 3]`` in 0..1, turned the way its EXIF entry says.
 
     Raises:
-        InvalidFile: no such file, or not a readable picture.
+        InvalidFile: no such file, or not a readable image.
         InvalidImage: it has transparent pixels, which a model cannot see.
     """
     picture = _open(path)
     if _transparent(picture):
         raise InvalidImage(
-            f"{path.name} is {picture.mode} and has transparent pixels, but an opaque RGB picture is needed. Flatten "
-            "it onto a background in your picture editor and save it again. If its transparency is the mask, save that "
-            "as a grey picture of its own."
+            f"{path.name} is {picture.mode} and has transparent pixels, but an opaque RGB image is needed. Flatten "
+            "it onto a background in your image editor and save it again. If its transparency is the mask, save that "
+            "as a grey image of its own."
         )
     return to_tensor(picture)[None]
 
@@ -37,19 +37,19 @@ def read_mask(path: Path, size: tuple[int, int]) -> Tensor:
     """The mask in ``path`` as ``[1, H, W]`` in 0..1, white = edit; ``size`` is the (height, width) that it must have.
 
     Raises:
-        InvalidFile: no such file, or not a readable picture.
+        InvalidFile: no such file, or not a readable image.
         InvalidImage: another size, transparency, colours, or nothing white in it.
     """
     picture = _open(path)
     if _transparent(picture):
         raise InvalidImage(
             f"The mask {path.name} is {picture.mode} and has transparent pixels, so it is not clear what selects. Save "
-            "it as an opaque grey picture: white where the picture shall change, black elsewhere."
+            "it as an opaque grey image: white where the photo should change, black elsewhere."
         )
     image = to_tensor(picture)
     if float((image.amax(dim=-1) - image.amin(dim=-1)).max()) > _GREY / 255:
         raise InvalidImage(
-            f"The mask {path.name} has colours, but a grey picture is needed: white where the picture shall change, "
+            f"The mask {path.name} has colours, but a grey image is needed: white where the photo should change, "
             "black elsewhere. Was the photo given as the mask?"
         )
     return check_mask(f"mask {path.name}", image[None, ..., 0], size)
@@ -69,8 +69,8 @@ def _open(path: Path) -> Image.Image:
             picture = ImageOps.exif_transpose(file)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InvalidFile(
-            f"{path.name} cannot be read as a picture ({error}). It may be damaged or of a kind this program does not "
-            "know: open it in a picture editor and save it as PNG."
+            f"{path.name} cannot be read as an image ({error}). It may be damaged or in a format this program does not "
+            "know: open it in an image editor and save it as PNG."
         ) from error
     if picture.mode.startswith("I"):  # 16 bits a channel, which convert() would clip
         picture = Image.fromarray((np.array(picture, dtype=np.float32) / 257).round().clip(0, 255).astype(np.uint8))

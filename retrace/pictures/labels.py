@@ -1,4 +1,4 @@
-"""A line of text under each picture of a batch, for previews."""
+"""A line of text under each image of a batch, for previews."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The token map of an edit as a picture: which word takes over whose attention map."""
+"""The token map of an edit as an image: which word takes over whose attention map."""
 
 from __future__ import annotations
 

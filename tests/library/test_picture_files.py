@@ -61,7 +61,7 @@ def test_damaged_files_are_named(photo: Path, tmp_path: Path) -> None:
     (tmp_path / "half.png").write_bytes(photo.read_bytes()[:200])
     (tmp_path / "text.png").write_text("not a picture")
     for name in ("half.png", "text.png"):
-        with pytest.raises(InvalidFile, match=rf"{name} cannot be read as a picture"):
+        with pytest.raises(InvalidFile, match=rf"{name} cannot be read as an image"):
             read_image(tmp_path / name)
 
 

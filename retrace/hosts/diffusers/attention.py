@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core.errors import RetraceError
 from ...core.host import AttentionCall, AttentionHook, Row
+from .types import AttentionModule, UNet
 
 _BLOCK = re.compile(
     r"(?:(down|up)_blocks\.(\d+)|(mid)_block)\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn([12])\."
@@ -32,19 +33,25 @@ class _Processor:
     """The attention of diffusers for UNets (group norm and masks never occur there), with the hook in its middle."""
 
     def __init__(
-        self, hook: AttentionHook, kind: Any, block: str, index: int, size: dict[str, tuple[int, int]], batch: Batch
+        self,
+        hook: AttentionHook,
+        kind: Literal["self", "cross"],
+        block: str,
+        index: int,
+        size: dict[str, tuple[int, int]],
+        batch: Batch,
     ):
         self.hook, self.kind, self.block, self.index = hook, kind, block, index
         self.size, self.batch = size, batch
 
     def __call__(
         self,
-        attn: Any,
+        attn: AttentionModule,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        *_: Any,
-        **__: Any,
+        *_: object,
+        **__: object,
     ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = (
@@ -78,7 +85,7 @@ class AttentionLayer:
     number: Literal[1, 2]  # 1 is self-attention, 2 cross-attention
 
 
-def attention_layers(unet: Any) -> list[AttentionLayer]:
+def attention_layers(unet: UNet) -> list[AttentionLayer]:
     """All attention layers of ``unet`` in the order they run."""
     layers = []
     for name in unet.attn_processors:
@@ -91,13 +98,13 @@ def attention_layers(unet: Any) -> list[AttentionLayer]:
     return [AttentionLayer(path, block, running[order], 1 if n == 1 else 2) for order, n, path, block in sorted(layers)]
 
 
-def attention_blocks(unet: Any) -> list[str]:
+def attention_blocks(unet: UNet) -> list[str]:
     """The block of every transformer block in the order they run: "down.0", "mid.0", "up.2"."""
     return [layer.block for layer in attention_layers(unet) if layer.number == 1]
 
 
 @contextmanager
-def attention_hook(unet: Any, hook: AttentionHook, batch: Batch) -> Iterator[None]:
+def attention_hook(unet: UNet, hook: AttentionHook, batch: Batch) -> Iterator[None]:
     """Inside, the self- and cross-attention of every transformer block of ``unet`` goes through ``hook``."""
     before = dict(unet.attn_processors)
     size: dict[str, tuple[int, int]] = {}
@@ -108,7 +115,7 @@ def attention_hook(unet: Any, hook: AttentionHook, batch: Batch) -> Iterator[Non
         for layer in attention_layers(unet)
     }
 
-    def note_size(_: Any, inputs: tuple[Tensor, ...]) -> None:
+    def note_size(_: object, inputs: tuple[Tensor, ...]) -> None:
         size["query"] = (inputs[0].shape[-2], inputs[0].shape[-1])
 
     spatial = [m for n, m in unet.named_modules() if re.search(r"\.attentions\.\d+$", n)]
@@ -122,12 +129,12 @@ def attention_hook(unet: Any, hook: AttentionHook, batch: Batch) -> Iterator[Non
         unet.set_attn_processor(before)
 
 
-def feature_blocks(unet: Any) -> dict[str, Any]:
+def feature_blocks(unet: UNet) -> dict[str, nn.Module]:
     """The blocks from the middle of the network on by name, in the order they run."""
     return {"mid.0": unet.mid_block} | {f"up.{i}": block for i, block in enumerate(unet.up_blocks)}
 
 
-def feature_layer(unet: Any, name: str) -> Any:
+def feature_layer(unet: UNet, name: str) -> nn.Module:
     """The block of that name.
 
     Raises:
@@ -140,7 +147,7 @@ def feature_layer(unet: Any, name: str) -> Any:
 
 
 @contextmanager
-def feature_hook(unet: Any, blocks: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def feature_hook(unet: UNet, blocks: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Inside, the outputs of ``blocks`` (``"mid.0"``, ``"up.0"`` ...) are kept in the dict that is given.
 
     Raises:
@@ -149,7 +156,7 @@ def feature_hook(unet: Any, blocks: Sequence[str]) -> Iterator[dict[str, Tensor]
     layers = {name: feature_layer(unet, name) for name in blocks}
     kept: dict[str, Tensor] = {}
 
-    def keep(name: str, _: Any, __: Any, output: Tensor) -> None:
+    def keep(name: str, _: object, __: object, output: Tensor) -> None:
         kept.pop(name, None)  # so that the newest comes last
         kept[name] = output
 

@@ -10,11 +10,12 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ...core.errors import InvalidFile, UnsupportedModel, require
+from .types import Config
 
-_UNET: dict[str, Any] = {
+_UNET: Config = {
     "_class_name": "UNet2DConditionModel",
     "in_channels": 4,
     "out_channels": 4,
@@ -26,7 +27,7 @@ _UNET: dict[str, Any] = {
     "cross_attention_dim": 768,
     "sample_size": 64,
 }
-_VAE: dict[str, Any] = {
+_VAE: Config = {
     "_class_name": "AutoencoderKL",
     "in_channels": 3,
     "out_channels": 3,
@@ -39,7 +40,7 @@ _VAE: dict[str, Any] = {
     "sample_size": 512,
     "scaling_factor": 0.18215,
 }
-_TEXT: dict[str, Any] = {
+_TEXT: Config = {
     "model_type": "clip_text_model",
     "architectures": ["CLIPTextModel"],
     "vocab_size": 49408,
@@ -54,7 +55,7 @@ _TEXT: dict[str, Any] = {
     "eos_token_id": 49407,
     "pad_token_id": 49407,
 }
-_SCHEDULER: dict[str, Any] = {
+_SCHEDULER: Config = {
     "_class_name": "DDIMScheduler",
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -66,7 +67,7 @@ _SCHEDULER: dict[str, Any] = {
     "steps_offset": 1,
 }
 # OpenCLIP models: H of SD 2.x without its last layer, which the model leaves out, and bigG, the second one of SDXL.
-_OPEN_CLIP: dict[str, Any] = _TEXT | {"hidden_act": "gelu", "pad_token_id": 0}
+_OPEN_CLIP: Config = _TEXT | {"hidden_act": "gelu", "pad_token_id": 0}
 _H = _OPEN_CLIP | {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -89,10 +90,10 @@ class Family:
     """One architecture: its configurations as diffusers writes them."""
 
     name: Literal["sd1", "sd2", "sdxl"]
-    unet: dict[str, Any] = field(default_factory=lambda: _UNET)
-    vae: dict[str, Any] = field(default_factory=lambda: _VAE)
-    text: tuple[dict[str, Any], ...] = (_TEXT,)
-    scheduler: dict[str, Any] = field(default_factory=lambda: _SCHEDULER)
+    unet: Config = field(default_factory=lambda: _UNET)
+    vae: Config = field(default_factory=lambda: _VAE)
+    text: tuple[Config, ...] = (_TEXT,)
+    scheduler: Config = field(default_factory=lambda: _SCHEDULER)
 
 
 def _sd2() -> Family:
@@ -159,7 +160,7 @@ def detect(file: Path) -> Family:
 def write(family: Family, tokenizer: Path, folder: Path) -> None:
     """Write ``family`` into ``folder`` as a pipeline without weights, with the files of ``tokenizer``."""
     xl = family.name == "sdxl"
-    index: dict[str, Any] = {
+    index: Config = {
         "_class_name": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline",
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],

@@ -19,6 +19,7 @@ from .attention import Batch, attention_hook, feature_blocks, feature_hook, feat
 from .lora import projection_layers
 from .noise_schedule import NoiseSchedule
 from .text import TextCondition
+from .types import UNet
 
 T = TypeVar("T")
 ProgressCallback = Callable[[int, int, Tensor | None], None]
@@ -29,7 +30,7 @@ class DiffusersDenoiser:
 
     def __init__(
         self,
-        unet: Any,
+        unet: UNet,
         schedule: NoiseSchedule,
         parametrisation: Parametrisation,
         downscale: int,

@@ -19,6 +19,7 @@ from .denoiser import DiffusersDenoiser, ProgressCallback, detached, prepare
 from .loading import Parts, load_parts
 from .noise_schedule import SCHEDULERS, NoiseSchedule
 from .text import TextCondition, TextEncoder
+from .types import Vae
 
 __all__ = ["SCHEDULERS", "DiffusersHost", "NoiseSchedule", "TextCondition", "best_device"]
 
@@ -172,10 +173,10 @@ class DiffusersHost:
     def private_decoder(self, latent: Tensor) -> Iterator[nn.Module]:
         """A copy of the VAE's decoder to train on latents like this one; see the protocol."""
 
-        def decode(vae: Any, given: Tensor) -> Tensor:
+        def decode(vae: Vae, given: Tensor) -> Tensor:
             return vae.decode(given / self._scale + self._shift, return_dict=False)[0]  # type: ignore[no-any-return]
 
-        def whole(vae: Any) -> None:
+        def whole(vae: Vae) -> None:
             vae.disable_tiling()
 
         with private_decoder(self.vae, self.device, decode, whole) as decoder:

@@ -15,6 +15,7 @@ import torch
 from ...core.errors import InvalidFile, RetraceError, UnsupportedModel, is_out_of_memory, require
 from ...models.pebble.weights import weights_folder
 from . import configs
+from .types import Config, TextModel, Tokenizer, UNet, Vae
 
 _PURPOSE = "run a model without ComfyUI"
 _WANTED = "This host runs Stable Diffusion 1.x, 2.x and XL text-to-image models"
@@ -24,10 +25,10 @@ _WANTED = "This host runs Stable Diffusion 1.x, 2.x and XL text-to-image models"
 class Parts:
     """A model taken apart: network modules, tokenizers and the scheduler's configuration."""
 
-    unet: Any
-    vae: Any
-    text_encoders: list[Any]
-    tokenizers: list[Any]
+    unet: UNet
+    vae: Vae
+    text_encoders: list[TextModel]
+    tokenizers: list[Tokenizer]
     scheduler: Mapping[str, Any]
 
 
@@ -97,7 +98,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Parts:
     index_file = folder / "model_index.json"
     if not index_file.is_file():
         raise InvalidFile(f"{folder} has no model_index.json. Give the top folder of a model in the diffusers layout.")
-    index: dict[str, Any] = json.loads(index_file.read_text(encoding="utf-8"))
+    index: Config = json.loads(index_file.read_text(encoding="utf-8"))
     if "transformer" in index or "unet" not in index or "vae" not in index:
         raise UnsupportedModel(f"{folder.name} is a {index.get('_class_name', 'model without a UNet')}. {_WANTED}.")
 
@@ -145,7 +146,7 @@ def _from_file(file: Path, dtype: torch.dtype) -> Parts:
     cls = diffusers.StableDiffusionXLPipeline if family.name == "sdxl" else diffusers.StableDiffusionPipeline
     with tempfile.TemporaryDirectory() as folder:
         configs.write(family, tokenizer, Path(folder))
-        offline: dict[str, Any] = {"config": folder, "local_files_only": True}
+        offline: Config = {"config": folder, "local_files_only": True}
         vae = diffusers.AutoencoderKL.from_single_file(str(file), subfolder="vae", torch_dtype=torch.float32, **offline)
         pipe = cls.from_single_file(str(file), vae=vae, torch_dtype=dtype, **offline)
     names = ("text_encoder", "text_encoder_2") if family.name == "sdxl" else ("text_encoder",)

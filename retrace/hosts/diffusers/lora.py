@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from .attention import attention_layers
+from .types import UNet
 
 
-def projection_layers(unet: Any) -> dict[str, nn.Module]:
+def projection_layers(unet: UNet) -> dict[str, nn.Module]:
     """The linear layers of all attentions in the order they run; see :meth:`Denoiser.projections`."""
     found: dict[str, nn.Module] = {}
     for layer in attention_layers(unet):

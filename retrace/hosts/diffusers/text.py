@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...core.prompt import Prompt, read_prompt
+from .types import TextModel, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TextEncoder:
     They run on ``device`` and return to where they were: those of SDXL take 1.6 GB, for a moment only.
     """
 
-    def __init__(self, encoders: Sequence[Any], tokenizers: Sequence[Any], device: torch.device) -> None:
+    def __init__(self, encoders: Sequence[TextModel], tokenizers: Sequence[Tokenizer], device: torch.device) -> None:
         self.device = device
         self.encoders = list(encoders)
         self.tokenizers = list(tokenizers)
@@ -80,7 +80,7 @@ class TextEncoder:
         return read
 
     @staticmethod
-    def _rows(tokenizer: Any, prompts: Sequence[str], length: int) -> list[list[int]]:
+    def _rows(tokenizer: Tokenizer, prompts: Sequence[str], length: int) -> list[list[int]]:
         """Token ids, the same number of rows for each prompt."""
         found = []
         for prompt in prompts:
@@ -90,7 +90,7 @@ class TextEncoder:
         return [row for rows in found for row in rows + empty * (most - len(rows))]
 
 
-def _chunks(tokens: list[int], tokenizer: Any, length: int) -> list[list[int]]:
+def _chunks(tokens: list[int], tokenizer: Tokenizer, length: int) -> list[list[int]]:
     """A prompt in rows of ``length``, at least one: start, up to ``length - 2`` tokens, end, padding."""
     room = length - 2
     parts = [tokens[i : i + room] for i in range(0, max(len(tokens), 1), room)]

@@ -99,8 +99,8 @@ class ImageTextModel:
     def preprocess(self, images: Tensor) -> Tensor:
         """Images [B,H,W,3] in 0..1 of any size to what the model sees [B,3,h,w], on its device.
 
-        The whole picture is squeezed to the native size (bicubic, antialiased), where open_clip cuts out the middle
-        square: no edit is lost at a border, and square pictures are the same. What overshoots 0..1 is clamped.
+        The whole image is squeezed to the native size (bicubic, antialiased), where open_clip cuts out the middle
+        square: no edit is lost at a border, and square images are the same. What overshoots 0..1 is clamped.
 
         Raises:
             InvalidImage: not [B,H,W,3].
@@ -144,7 +144,7 @@ class ImageTextModel:
         """
         if not self.has_tokens:
             raise UnsupportedModel(
-                f"'{self.name}' gives no tokens of a picture: its image side is {type(self.model.visual).__name__}, "
+                f"'{self.name}' gives no tokens of an image: its image side is {type(self.model.visual).__name__}, "
                 "but a vision transformer (ViT) is needed. Load one, or connect a CLIP Vision model."
             )
         kept: list[Tensor] = []

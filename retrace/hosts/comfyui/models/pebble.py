@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import comfy.latent_formats
 import comfy.model_management
@@ -24,6 +24,9 @@ from ....core.errors import InvalidFile
 from ....models.pebble.weights import weights_folder
 from ..compat import accepted, build_clip, model_patcher_class
 from ..types import Clip, Model, Vae
+
+Config: TypeAlias = dict[str, Any]
+"""A configuration file of diffusers, or core's description of a network."""
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -128,7 +131,7 @@ def _vae_patcher(folder: str, disable_dynamic: bool = False) -> Model:
     return load_vae(folder).patcher  # like core's own factory: a VAE decides for itself
 
 
-def comfy_unet_config(config: dict[str, Any]) -> dict[str, Any]:
+def comfy_unet_config(config: Config) -> Config:
     """A diffusers ``UNet2DConditionModel`` configuration in the terms of ComfyUI's ``UNetModel``."""
     widths = config["block_out_channels"]
     layers = config["layers_per_block"]
@@ -158,19 +161,19 @@ def comfy_unet_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _preview(folder: Path) -> dict[str, Any]:
-    """The linear map from latents to colours for live previews; without the file there is no preview picture."""
+def _preview(folder: Path) -> Config:
+    """The linear map from latents to colours for live previews; without the file there is no preview."""
     path = folder / "preview.json"
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
-def _predicts(folder: Path) -> Any:
+def _predicts(folder: Path) -> ModelType:
     """What the network predicts, as core names it."""
     kind = _config(folder, "scheduler", "scheduler_config.json").get("prediction_type", "epsilon")
     return {"epsilon": ModelType.EPS, "v_prediction": ModelType.V_PREDICTION}[kind]
 
 
-def _description(config: dict[str, Any], scale: float, preview: dict[str, Any], predicts: Any) -> Any:
+def _description(config: Config, scale: float, preview: Config, predicts: ModelType) -> Any:
     """Core's SD1.5 description with this UNet's heads and this VAE's scale (core's own classes stay as they are)."""
 
     class PebbleLatent(comfy.latent_formats.LatentFormat):
@@ -187,13 +190,13 @@ def _description(config: dict[str, Any], scale: float, preview: dict[str, Any], 
         }
         latent_format = PebbleLatent
 
-        def model_type(self, state_dict: Any, prefix: str = "") -> Any:
+        def model_type(self, state_dict: object, prefix: str = "") -> ModelType:
             return predicts
 
     return Pebble
 
 
-def _comfy_unet_weights(unet_config: dict[str, Any], weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+def _comfy_unet_weights(unet_config: Config, weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     names = comfy.utils.unet_to_diffusers(unet_config)
     unknown = [key for key in weights if key not in names]
     if unknown:
@@ -204,7 +207,7 @@ def _comfy_unet_weights(unet_config: dict[str, Any], weights: dict[str, Tensor],
     return {names[key]: value for key, value in weights.items()}
 
 
-def _config(folder: Path, part: str, name: str = "config.json") -> dict[str, Any]:
+def _config(folder: Path, part: str, name: str = "config.json") -> Config:
     path = folder / part / name
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -216,7 +219,7 @@ def _config(folder: Path, part: str, name: str = "config.json") -> dict[str, Any
         raise InvalidFile(f"{path} is not valid JSON ({error}). Restore the file.") from error
 
 
-def _read(folder: Path, part: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(folder: Path, part: str) -> tuple[Config, dict[str, Tensor]]:
     config = _config(folder, part)
     path = folder / part / WEIGHTS[part]
     if not path.is_file():
