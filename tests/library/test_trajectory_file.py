@@ -99,7 +99,7 @@ def test_a_broken_trajectory_is_not_saved(tmp_path: Path) -> None:
     for sigmas, bad, message in [
         (good.sigmas, latents, "latents hold NaN"),
         (good.sigmas, good.latents[:3], r"shape \[3, 2, 4, 3, 5\], but \[4, B, C, h, w\]"),
-        (good.sigmas.flip(0), good.latents, "Flip Sigmas"),
+        (good.sigmas.flip(0), good.latents, "turn them round"),
     ]:
         with pytest.raises(InvalidFile, match=f"cannot be saved to 'x.safetensors'.*{message}"):
             save_trajectory(Trajectory(sigmas, bad, "eps", "", "ddim"), tmp_path / "x.safetensors")
@@ -141,7 +141,7 @@ def test_files_of_another_kind(tmp_path: Path) -> None:
         ({"parametrisation": "x0"}, "unknown model kind 'x0'"),
         ({"report": "{not json"}, "report is no JSON object"),
         ({"report": json.dumps([1])}, "report is no JSON object"),
-        ({"sigmas": torch.tensor([0.0, 1.0, 2.0])}, "Flip Sigmas"),
+        ({"sigmas": torch.tensor([0.0, 1.0, 2.0])}, "turn them round"),
         ({"sigmas": torch.tensor([2, 1, 0])}, "sigmas are int64 numbers"),
         ({"latents": torch.zeros(2, 1, 4, 2, 2)}, r"shape \[2, 1, 4, 2, 2\], but \[3, B, C, h, w\]"),
         ({"latents": torch.zeros(3, 4, 2, 2)}, r"shape \[3, 4, 2, 2\]"),

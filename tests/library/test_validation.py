@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from retrace.core.checks import check_image, check_latent, check_mask, check_same_size, check_steps, match_batch
-from retrace.core.errors import InvalidImage, InvalidSchedule
+from retrace.core.errors import InvalidImage, InvalidSchedule, Remedy
 
 
 def message(
@@ -31,13 +31,13 @@ def test_good_input_comes_back_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("image", "advice"),
     [
-        (torch.rand(1, 8, 9, 4), "Split Image with Alpha"),
+        (torch.rand(1, 8, 9, 4), "pass the first three"),
         (torch.rand(1, 8, 9, 1), "repeat it three times"),
         (torch.rand(1, 8, 9, 2), "2 channels"),
         (torch.rand(1, 3, 8, 9), "movedim"),
         (torch.rand(8, 9, 3), "image[None]"),
-        (torch.rand(1, 8, 9), "Convert Mask to Image"),
-        (torch.rand(9), "Connect an IMAGE"),
+        (torch.rand(1, 8, 9), "three dimensions instead of four"),
+        (torch.rand(9), "is needed."),
         (torch.zeros(1, 8, 9, 3, dtype=torch.uint8), "Divide 8-bit values by 255"),
         (torch.zeros(0, 8, 9, 3), "empty batch"),
     ],
@@ -79,15 +79,15 @@ def test_the_overshoot_of_a_resize_is_clamped_and_the_input_left_alone() -> None
     [
         (torch.ones(8, 9), "mask[None]"),
         (torch.ones(1, 1, 8, 9), "mask[:, 0]"),
-        (torch.ones(1, 8, 9, 3), "Convert Image to Mask"),
-        (torch.ones(1, 8, 9, 1), "Convert Image to Mask"),
-        (torch.ones(5), "Connect a MASK"),
+        (torch.ones(1, 8, 9, 3), "take one of its channels"),
+        (torch.ones(1, 8, 9, 1), "take one of its channels"),
+        (torch.ones(5), "is needed."),
         (torch.ones(1, 8, 9, dtype=torch.int64), "Divide 8-bit values by 255"),
         (torch.ones(0, 8, 9), "empty batch"),
         (torch.full((1, 8, 9), torch.nan), "72 of 72 values"),
         (torch.full((1, 8, 9), 255.0), "values from 255 to 255"),
         (torch.full((1, 8, 9), -1.0), "values from -1 to -1"),
-        (torch.zeros(1, 8, 9), "1 = edit"),
+        (torch.zeros(1, 8, 9), "Mark the area to edit with 1"),
     ],
 )
 def test_a_mask_of_the_wrong_kind(mask: torch.Tensor, advice: str) -> None:
@@ -99,12 +99,14 @@ def test_a_mask_of_the_wrong_kind(mask: torch.Tensor, advice: str) -> None:
 def test_a_mask_of_the_wrong_size_names_both_sizes_width_first() -> None:
     text = message(check_mask, "mask", torch.ones(1, 10, 20), size=(30, 40))
     assert "20x10 pixels (width x height), but 40x30 is needed" in text
-    assert "Resize Image/Mask" in text
+    assert "Resize the mask to the image" in text
 
 
 def test_the_placeholder_mask_of_load_image_is_recognised() -> None:
-    text = message(check_mask, "mask", torch.zeros(1, 64, 64), size=(512, 512), allow_empty=True)
-    assert "'Load Image' gives for a picture without transparency" in text and "MaskEditor" in text
+    """ComfyUI's own node gives it for an image without transparency; see the words of ``nodes/_errors.py``."""
+    with pytest.raises(InvalidImage, match="draw a mask on the image") as caught:
+        check_mask("mask", torch.zeros(1, 64, 64), size=(512, 512), allow_empty=True)
+    assert caught.value.remedy is Remedy.DRAW_MASK
 
 
 def test_empty_masks() -> None:
@@ -123,7 +125,7 @@ def test_a_bool_mask_becomes_float() -> None:
     ("samples", "advice"),
     [
         (torch.zeros(1, 4, 2, 8, 8), "video latent"),
-        (torch.zeros(4, 8, 8), "VAE Encode"),
+        (torch.zeros(4, 8, 8), "Encode the image with the VAE"),
         (torch.zeros(1, 16, 8, 8), "[B, 4, H, W] of finite floats is needed. A latent with 16 channels belongs"),
         (torch.zeros(1, 4, 8, 8, dtype=torch.int32), "Integers"),
         (torch.zeros(1, 4, 0, 8), "empty batch"),
