@@ -58,13 +58,47 @@ def failing(error):
 failing(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
 failing(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"))
 failing(MemoryError())
+failing(RuntimeError("MPS backend out of memory (MPS allocated: 17.1 GB, max allowed: 18.1 GB)"))
+failing(RuntimeError("HIP out of memory. Tried to allocate 2 GiB"))
+failing(RuntimeError("CUDA error: out of memory"))
 failing(RuntimeError("shapes differ"))
 """)
-    lines = out.splitlines()[-4:]
-    for line in lines[:3]:
+    lines = out.splitlines()[-7:]
+    for line in lines[:6]:
         assert line.startswith("OutOfMemory True True Blend Step: out of memory"), out
         assert "smaller image" in line
-    assert lines[3] == "RuntimeError False False shapes differ"
+    assert lines[6] == "RuntimeError False False shapes differ"
+
+
+# Those whose words hold in a graph as well; a new one belongs here or into WIRES.
+WITHOUT_A_WIRE = {"SCALE_IMAGE"}
+
+
+def test_every_remedy_has_a_node_or_deliberately_none(inside: Run) -> None:
+    out = inside("""
+from pack.nodes._errors import WIRES, reports_errors, text_of
+from pack.retrace.core.errors import InvalidImage, Remedy, RetraceError
+
+print(sorted(remedy.name for remedy in Remedy if remedy not in WIRES))
+print(all(words.strip() == words and words.endswith(".") for words in WIRES.values()))
+
+@reports_errors("Blend Step")
+def execute(remedy):
+    raise InvalidImage("It is grey.", remedy)
+
+for remedy in (None, *Remedy):
+    try:
+        execute(remedy)
+    except InvalidImage as error:
+        words = "" if remedy is None else " " + WIRES.get(remedy, remedy.value)
+        assert str(error) == "Blend Step: It is grey." + words, str(error)
+        print(type(error).__name__)
+""")
+    lines = out.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("["))  # after what core prints
+    without, sentences, *caught = lines[first:]
+    assert without == str(sorted(WITHOUT_A_WIRE)) and sentences == "True"
+    assert set(caught) == {"InvalidImage"}
 
 
 def test_interrupts_pass_and_leave_nothing_behind(inside: Run) -> None:

@@ -77,7 +77,7 @@ def test_the_report_says_what_the_sampler_finds(newest_server: ComfyServer) -> N
     text = result.text_of("invert")
     said = float(text.partition("return, latent")[2].split()[0])
     assert said == pytest.approx(float(10 * ratio.log10()), abs=0.05)
-    for words in ("ddim", f"{graphs.STEPS} steps", "return, picture", "network evaluations", "peak memory"):
+    for words in ("ddim", f"{graphs.STEPS} steps", "return, image", "network evaluations", "peak memory"):
         assert words in text
 
 

@@ -9,6 +9,7 @@ import graphs
 import pytest
 import torch
 
+from retrace import prompt_to_prompt as library
 from tools.comfyui.server import ComfyServer
 
 pytestmark = pytest.mark.usefixtures("pebble")
@@ -59,17 +60,36 @@ def test_the_source_comes_back_and_the_target_does_not(server: ComfyServer) -> N
     assert float((batch[1] - batch[0]).abs().mean()) > 0.01
 
 
-def test_it_is_the_edit_of_the_library(newest_server: ComfyServer) -> None:
-    """Core's sampler with the patches, against :func:`retrace.prompt_to_prompt.sample_edit` on the diffusers host."""
-    from retrace import prompt_to_prompt as library
+def along_the_grid(**changes: Any) -> graphs.Graph:
+    """The edit along the grid of the paper's code, which closes with a step from the lowest level to itself."""
+    graph = edit(**changes)
+    graph["grid"] = graphs.node(
+        "RetraceReferenceSchedule", model=["pebble", 0], grid="leading_0", steps=graphs.STEPS, parity=True
+    )
+    graph["invert"]["inputs"]["sigmas"] = ["grid", 0]
+    graph["euler"] = graphs.node("KSamplerSelect", sampler_name="euler")
+    graph["sample"] = graphs.node(
+        "SamplerCustom", model=["direct", 0], add_noise=False, noise_seed=1, cfg=7.5, positive=["p2p", 1],
+        negative=["empty", 0], sampler=["euler", 0], sigmas=["invert", 2], latent_image=["p2p", 2],
+    )  # fmt: skip
+    return graph
+
+
+def by_library(
+    source: torch.Tensor, settings: library.PlanSettings, asked: library.BlendWords, grid: bool = False
+) -> torch.Tensor:
+    """The batch that :func:`retrace.prompt_to_prompt.sample_edit` gives on the diffusers host."""
+    from retrace.core.host import from_variance_preserving
+    from retrace.core.schedule import reference_sigmas
     from retrace.hosts.diffusers import DiffusersHost
     from retrace.inversion.invert import invert
 
-    source, batch = run(newest_server, edit(blend_words="circle"))
     host = DiffusersHost.load(None, device="cpu")
     sigmas = host.sigmas("normal", graphs.STEPS)
+    if grid:
+        sigmas = reference_sigmas("leading_0", host.training_sigmas(), graphs.STEPS, parity=True)
     prompts = host.read_prompts([SOURCE, TARGET])
-    plan = library.plan(prompts[0], prompts[1:], blend=library.local_blend(prompts, ["circle"]))
+    plan = library.plan(prompts[0], prompts[1:], settings, library.local_blend(prompts, asked))
     conds = {
         "source": host.encode_text(SOURCE),
         "all": host.encode_text([SOURCE, TARGET]),
@@ -78,11 +98,41 @@ def test_it_is_the_edit_of_the_library(newest_server: ComfyServer) -> None:
     scale = float(host.vae.config.scaling_factor)
 
     def method(model: Any, x: Any, c: Any) -> Any:
-        path = invert(model, x, sigmas, c["source"], method="ddim")
-        return library.sample_edit(model, path.noise, sigmas, c["all"], c["empty"], 7.5, edit=plan, source=path)
+        start = from_variance_preserving(x, float(sigmas[-1]), host.parametrisation)
+        path = invert(model, start, sigmas, c["source"])
+        options = library.EditSampling(plan, source=path)
+        return library.sample_edit(model, path.noise, sigmas, c["all"], c["empty"], 7.5, options)
 
-    expected = host.run(source * scale, conds, method) / scale
+    return host.run(source * scale, conds, method) / scale
+
+
+def test_it_is_the_edit_of_the_library(newest_server: ComfyServer) -> None:
+    """Core's sampler with the patches, against the library's own loop."""
+    source, batch = run(newest_server, edit(blend_words="circle"))
+    expected = by_library(source, library.PlanSettings(), library.BlendWords(["circle"]))
     torch.testing.assert_close(batch, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_closing_step_between_equal_levels_blends(newest_server: ComfyServer) -> None:
+    """As in the paper's code: the network is asked once more, and its maps count."""
+    source, batch = run(newest_server, along_the_grid(blend_words="circle"))
+    expected = by_library(source, library.PlanSettings(), library.BlendWords(["circle"]), grid=True)
+    torch.testing.assert_close(batch, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_later_windows_words_per_prompt_and_a_threshold_to_keep(newest_server: ComfyServer) -> None:
+    words = {"blend_words": "circle, red | circle", "keep_words": "sand", "blend_threshold": 0.2}
+    starts = {"cross_start": 0.25, "self_start": 0.2, "self_replace": 0.8, "keep_threshold": 0.9}
+    source, batch = run(newest_server, edit(**words, **starts))
+    settings = library.PlanSettings(cross_replace=(0.25, 0.8), self_replace=(0.2, 0.8))
+    asked = library.BlendWords([["circle", "red"], ["circle"]], ["sand"], 0.2, 0.9)
+    torch.testing.assert_close(batch, by_library(source, settings, asked), rtol=1e-3, atol=1e-3)
+    for left_out in ("cross_start", "self_start", "keep_threshold"):
+        inputs = {**words, **{name: value for name, value in starts.items() if name != left_out}}
+        _, other = run(newest_server, edit(**inputs))
+        assert float((other[1] - batch[1]).abs().max()) > 1e-2, left_out
+    _, other = run(newest_server, edit(**{**words, "blend_words": "circle | circle"}, **starts))
+    assert float((other[1] - batch[1]).abs().max()) > 1e-2, "words of the source alone"
 
 
 def test_one_batch_or_condition_after_condition(newest_server: ComfyServer) -> None:
@@ -153,6 +203,7 @@ def test_a_word_becomes_a_mask(server: ComfyServer) -> None:
     [
         ({"targets": ""}, ["at least one target"]),
         ({"blend_words": "dog"}, ["'dog' is not in the prompt", "'circle'"]),
+        ({"blend_words": "circle | circle | red"}, ["words for 3 prompts", "there are 2"]),
         ({"word_weights": "red"}, ["word_weights: 'red' cannot be read"]),
         ({"word_weights": "dog: 2"}, ["'dog' is not in the prompt"]),
         ({"targets": "a circle", "parity": True}, ["has 5 words", "has 2", "parity"]),

@@ -86,7 +86,7 @@ def test_it_is_the_hook_of_the_library(newest_server: ComfyServer) -> None:
     conds = {"text": host.encode_text("a red circle on sand"), "empty": host.encode_text("")}
 
     def method(model: Any, x: Any, c: Any) -> Any:
-        noise = torch.cat([invert(model, one, sigmas, c["text"], method="ddim").noise for one in x.split(1)])
+        noise = torch.cat([invert(model, one, sigmas, c["text"]).noise for one in x.split(1)])
         with model.attention(ReferenceKV(default_first_layer(attention_blocks(host.unet)))):
             return sample_ddim(model, noise.to(x), sigmas, c["text"], c["empty"], 3.0)
 

@@ -87,6 +87,67 @@ def test_other_sizes(subject: Any) -> None:
     assert host.run(torch.randn(1, 4, 12, 20), conds, method).shape == (2, 4, 12, 20)
 
 
+class TestInsideComfyUI:
+    """The patch under core's samplers."""
+
+    @pytest.mark.parametrize("blend", [None, ["circle"]])
+    def test_a_run_inside_a_run_of_the_same_model_disturbs_neither(self, comfy_subject: Any, blend: Any) -> None:
+        """Steps, maps and conditions belong to a run: here the outer one stands still while the inner one runs."""
+        import comfy.sample
+        import comfy.samplers
+
+        from retrace.hosts.comfyui.patches.prompt_to_prompt import edit_by_words
+
+        host = comfy_subject.host
+        asked = p2p.BlendWords(blend or [])
+        edit = edit_by_words(host.model, host.clip, TEXTS, p2p.PlanSettings(self_replace=(0.0, 0.6)), asked)
+        negative = host.encode_text("")
+
+        def sampled(steps: int, seed: int, callback: Any = None) -> torch.Tensor:
+            noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed)).repeat(2, 1, 1, 1)
+            latent: torch.Tensor = comfy.sample.sample_custom(
+                edit.model, noise, 5.0, comfy.samplers.sampler_object("euler"), host.sigmas("normal", steps),
+                edit.positive, negative, torch.zeros_like(noise), callback=callback, disable_pbar=True,
+            )  # fmt: skip
+            return latent
+
+        outer, inner = sampled(4, 1), sampled(3, 2)
+        nested: list[torch.Tensor] = []
+
+        def run_another(step: int, x0: Any, x: Any, total: int) -> None:
+            if step in (0, 2):
+                nested.append(sampled(3, 2))
+
+        assert torch.equal(sampled(4, 1, run_another), outer)
+        assert len(nested) == 2 and all(torch.equal(one, inner) for one in nested)
+
+    def test_a_run_that_fails_leaves_nothing_behind(self, comfy_subject: Any) -> None:
+        import comfy.sample
+        import comfy.samplers
+
+        from retrace.hosts.comfyui.patches.prompt_to_prompt import edit_by_words
+
+        host = comfy_subject.host
+        edit = edit_by_words(host.model, host.clip, TEXTS, p2p.PlanSettings(), p2p.BlendWords(["circle"]))
+        sigmas, noise = host.sigmas("normal", 3), torch.randn(2, 4, 16, 16)
+
+        def sampled(callback: Any = None) -> torch.Tensor:
+            latent: torch.Tensor = comfy.sample.sample_custom(
+                edit.model, noise, 5.0, comfy.samplers.sampler_object("euler"), sigmas, edit.positive,
+                host.encode_text(""), torch.zeros_like(noise), callback=callback, disable_pbar=True,
+            )  # fmt: skip
+            return latent
+
+        def stop(step: int, x0: Any, x: Any, total: int) -> None:
+            if step == 1:
+                raise KeyboardInterrupt
+
+        before = sampled()
+        with pytest.raises(KeyboardInterrupt):
+            sampled(stop)
+        assert torch.equal(sampled(), before)
+
+
 def test_the_map_of_a_word_is_a_picture_of_it(subject: Any) -> None:
     host = subject.host
     sigmas = host.sigmas("normal", STEPS)
