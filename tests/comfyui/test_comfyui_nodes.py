@@ -85,6 +85,21 @@ def test_every_node_has_help_and_texts_in_all_languages(newest_server: ComfyServ
     assert b"Blend Step" in listed
 
 
+def test_errors_name_nodes_that_there_are(newest_server: ComfyServer) -> None:
+    """Every node that WIRES names, by the name that ComfyUI shows."""
+    parsed = ast.parse((ROOT / "nodes" / "_errors.py").read_text("utf-8"))
+    (wires,) = (
+        statement.value
+        for statement in parsed.body
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "WIRES"
+    )
+    texts = [text.value for text in ast.walk(wires) if isinstance(text, ast.Constant)]
+    named = {name for text in texts for name in re.findall(r"'([A-Z][^']*)'", str(text))}
+    shown = {node["display_name"] for node in newest_server.object_info().values()}
+    menus = {"Open in MaskEditor"}
+    assert len(named) > 10 and named - menus <= shown, named - menus - shown
+
+
 def test_the_template_browser_lists_the_workflows(server: ComfyServer) -> None:
     shipped = {path.stem for path in (ROOT / "workflows").glob("*.json")}
     assert shipped

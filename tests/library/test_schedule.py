@@ -116,7 +116,7 @@ def test_bad_requests_are_errors_that_say_what_is_needed() -> None:
         (torch.tensor([2.0, float("nan"), 0.0]), "NaN or infinity"),
         (torch.tensor([float("inf"), 1.0, 0.0]), "NaN or infinity"),
         (torch.tensor([1.0, -1.0]), "negative"),
-        (torch.tensor([0.0, 1.0, 2.0]), "They ascend: use 'Flip Sigmas'"),
+        (torch.tensor([0.0, 1.0, 2.0]), r"They ascend: turn them round \(sigmas\.flip\(0\)\)"),
         (torch.tensor([3.0, 1.0, 2.0, 0.0]), r"level 3 \(2\) is not below level 2 \(1\)"),
         (torch.tensor([3.0, 3.0, 2.0, 0.0]), r"level 2 \(3\) is not below level 1 \(3\)"),
         (torch.tensor([1.0, 1.0]), "is not below"),

@@ -37,7 +37,7 @@ def test_good_input_comes_back_as_it_is() -> None:
         (torch.rand(1, 3, 8, 9), "movedim"),
         (torch.rand(8, 9, 3), "image[None]"),
         (torch.rand(1, 8, 9), "three dimensions instead of four"),
-        (torch.rand(9), "is needed."),
+        (torch.rand(9), "but an image batch"),
         (torch.zeros(1, 8, 9, 3, dtype=torch.uint8), "Divide 8-bit values by 255"),
         (torch.zeros(0, 8, 9, 3), "empty batch"),
     ],
@@ -81,7 +81,7 @@ def test_the_overshoot_of_a_resize_is_clamped_and_the_input_left_alone() -> None
         (torch.ones(1, 1, 8, 9), "mask[:, 0]"),
         (torch.ones(1, 8, 9, 3), "take one of its channels"),
         (torch.ones(1, 8, 9, 1), "take one of its channels"),
-        (torch.ones(5), "is needed."),
+        (torch.ones(5), "but a mask batch"),
         (torch.ones(1, 8, 9, dtype=torch.int64), "Divide 8-bit values by 255"),
         (torch.ones(0, 8, 9), "empty batch"),
         (torch.full((1, 8, 9), torch.nan), "72 of 72 values"),
@@ -103,10 +103,10 @@ def test_a_mask_of_the_wrong_size_names_both_sizes_width_first() -> None:
 
 
 def test_the_placeholder_mask_of_load_image_is_recognised() -> None:
-    """ComfyUI's own node gives it for an image without transparency; see the words of ``nodes/_errors.py``."""
-    with pytest.raises(InvalidImage, match="draw a mask on the image") as caught:
+    with pytest.raises(InvalidImage) as caught:
         check_mask("mask", torch.zeros(1, 64, 64), size=(512, 512), allow_empty=True)
-    assert caught.value.remedy is Remedy.DRAW_MASK
+    assert caught.value.remedy is Remedy.DRAW_MASK  # in a graph this names the MaskEditor
+    assert "64x64 pixels (width x height), but 512x512 is needed. It is empty" in str(caught.value)
 
 
 def test_empty_masks() -> None:
@@ -125,7 +125,7 @@ def test_a_bool_mask_becomes_float() -> None:
     ("samples", "advice"),
     [
         (torch.zeros(1, 4, 2, 8, 8), "video latent"),
-        (torch.zeros(4, 8, 8), "Encode the image with the VAE"),
+        (torch.zeros(4, 8, 8), "Encode the image with the VAE of this model"),
         (torch.zeros(1, 16, 8, 8), "[B, 4, H, W] of finite floats is needed. A latent with 16 channels belongs"),
         (torch.zeros(1, 4, 8, 8, dtype=torch.int32), "Integers"),
         (torch.zeros(1, 4, 0, 8), "empty batch"),
