@@ -126,7 +126,7 @@ def test_the_command_is_passed_on_with_its_arguments(run: Any, monkeypatch: pyte
     assert environments[0]["PYTHONUTF8"] == "1" and environments[0].keys() >= os.environ.keys()
 
 
-CHECKS = ["ruff", "ruff", "mypy"]
+CHECKS = ["ruff", "ruff", "tools.check_types"]
 
 
 @pytest.mark.parametrize(("statuses", "expected"), [((0, 0, 0, 0), 0), ((0, 0, 1, 0), 1), ((0, 0, 0, 5), 5)])
