@@ -1,6 +1,6 @@
-"""What blending is used for, as tasks on Pebble's scenes: a picture, a mask, words, and what counts as success.
+"""What blending is used for, as tasks on Pebble's scenes: an image, a mask, words, and what counts as success.
 
-Success is always read from the picture as a user gets it, after Paste Background, by the scene parser.
+Success is always read from the image as a user gets it, after Paste Background, by the scene parser.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from retrace.models.pebble.scenes import (
 from tools.scene_parser import ParsedScene, match_ground, parse
 
 SIDE = 80
-"""Pixels that extrapolation adds on each side; the rest of the model's window is the picture's own border."""
+"""Pixels that extrapolation adds on each side; the rest of the model's window is the image's own border."""
 SOFT = 4
 """Pixels around an object that its soft edge reaches, for comparing grounds."""
 
@@ -60,10 +60,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Task:
-    """One edit. Pictures are ``[H, W, 3]``, the mask ``[H, W]``, 1 = edit.
+    """One edit. Images are ``[H, W, 3]``, the mask ``[H, W]``, 1 = edit.
 
     ``start`` is what the sampler starts from and ``keep`` what stays outside of the mask. ``score`` are the words for
-    ranking, ``region`` where they are to be seen. ``success`` judges the pasted picture ``[3, H, W]``.
+    ranking, ``region`` where they are to be seen. ``success`` judges the pasted image ``[3, H, W]``.
     """
 
     keep: Tensor
@@ -205,34 +205,34 @@ def scribble(rng: np.random.Generator, recipe: Recipe) -> list[Task]:
     return [_painted(scene, new, tuple(others), mask_of(target, new, recipe), recipe, start)]
 
 
-def draw_stroke(picture: Tensor, thing: Object, rng: np.random.Generator, width: float = 7.0) -> Tensor:
-    """``picture`` ``[H, W, 3]`` with a zigzag of six strokes at ``thing``'s place, in its colour."""
+def draw_stroke(image: Tensor, thing: Object, rng: np.random.Generator, width: float = 7.0) -> Tensor:
+    """``image`` ``[H, W, 3]`` with a zigzag of six strokes at ``thing``'s place, in its colour."""
     reach, turns = 0.85 * thing.radius, 6
     along = np.linspace(-reach, reach, turns + 1)
     across = np.where(np.arange(turns + 1) % 2, 1.0, -1.0) * np.sqrt(np.maximum(reach**2 - along**2, 0.0))
     points = np.stack([along, across], -1) + rng.normal(0, 1.5, (turns + 1, 2)) + [thing.x, thing.y]
-    axis = torch.arange(picture.shape[0]) + 0.5
+    axis = torch.arange(image.shape[0]) + 0.5
     x, y = axis[None, :], axis[:, None]
-    distance = torch.full(picture.shape[:2], math.inf)
+    distance = torch.full(image.shape[:2], math.inf)
     for (x0, y0), (x1, y1) in pairwise(points):
         length = (x1 - x0) ** 2 + (y1 - y0) ** 2
         t = (((x - x0) * (x1 - x0) + (y - y0) * (y1 - y0)) / length).clamp(0, 1)
         distance = torch.minimum(distance, torch.hypot(x - x0 - t * (x1 - x0), y - y0 - t * (y1 - y0)))
     cover = (width / 2 - distance + 0.5).clamp(0, 1)[..., None]
-    return torch.lerp(picture, torch.tensor(COLOURS[thing.colour]), cover)
+    return torch.lerp(image, torch.tensor(COLOURS[thing.colour]), cover)
 
 
 def extrapolation(rng: np.random.Generator, recipe: Recipe) -> list[Task]:
-    """The picture grows by :data:`SIDE` pixels to the left and to the right, each side from its own words.
+    """The image grows by :data:`SIDE` pixels to the left and to the right, each side from its own words.
 
-    Every side is one window of the model's size: half new, half the picture's own border. Two tasks, left and right.
-    Success of each: its object on its side, whole and alone, and the window shows the picture's ground and texture.
+    Every side is one window of the model's size: half new, half the image's own border. Two tasks, left and right.
+    Success of each: its object on its side, whole and alone, and the window shows the image's ground and texture.
     """
     scene = sample_scene(rng, objects=1)
-    picture = nhwc(scene)
+    image = nhwc(scene)
     tasks = []
     for left in (True, False):
-        kept = picture[:, : SIZE - SIDE] if left else picture[:, SIDE:]
+        kept = image[:, : SIZE - SIDE] if left else image[:, SIDE:]
         pad = (kept[:, :1] if left else kept[:, -1:]).expand(SIZE, SIDE, 3)  # repeats the border, as feathering needs
         window = torch.cat([pad, kept] if left else [kept, pad], dim=1)
         mask = torch.zeros(SIZE, SIZE)

@@ -1,7 +1,7 @@
 """``python -m benchmarks.blending``: what blending is used for, on Pebble, judged by the scene parser.
 
 For each application of :mod:`benchmarks.applications`: how often a single sample succeeds, how often the one of several
-that Rank by CLIP puts first, how often any of them does, whether the picture outside of the mask is the same in 8 bits,
+that Rank by CLIP puts first, how often any of them does, whether the image outside of the mask is the same in 8 bits,
 and what a sample costs. Settings are found on training scenes (``--split train``); held-out scenes are looked at once.
 
 ``--only seam`` measures how steep the border of the mask is after a paste, against the same border in the source.
@@ -52,7 +52,7 @@ FIRST = {"heldout": 500_000, "train": 900_000}
 COLUMNS = "single", "ranked first", "by region", "any", "outside identical", "evaluations", "seconds"
 BATCH = 16
 REGIONS = cast("tuple[Region, ...]", get_args(Region))
-SEAM_SCENES = 8  # pictures whose decoder is trained, half a minute each
+SEAM_SCENES = 8  # images whose decoder is trained, half a minute each
 
 
 @dataclass
@@ -129,7 +129,7 @@ def seams(host: Any, scenes: int, split: str, first: int) -> dict[str, tuple[flo
     for name in names:
         make, recipe = APPLICATIONS[name]
         tasks = [task for index in range(scenes) for task in make(scene_rng(split, first + index), recipe)]
-        tasks = [task for task in tasks if not bool(task.mask.all())]  # a large object's box may be the whole picture
+        tasks = [task for task in tasks if not bool(task.mask.all())]  # a large object's box may be the whole image
         for begin in range(0, len(tasks), BATCH):
             part = tasks[begin : begin + BATCH]
             keep, mask = torch.stack([t.keep for t in part]), torch.stack([t.mask for t in part])

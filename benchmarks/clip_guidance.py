@@ -1,6 +1,6 @@
 """``python -m benchmarks.clip_guidance``: what CLIP guidance alone does on Pebble, and what of it matters.
 
-A red circle of a held-out scene shall become a blue square under its mask. The sampler gets **no words** (an empty
+A red circle of a held-out scene is to become a blue square under its mask. The sampler gets **no words** (an empty
 prompt, no classifier-free guidance); all that says "a blue square" is Pebble's CLIP. Success is the scene parser's, for
 one sample each.
 
@@ -77,7 +77,7 @@ class Outcome:
 def edit(
     host: DiffusersHost, clip: ImageTextModel, scene: Scene, variant: Variant, seed: int
 ) -> tuple[Outcome, Tensor]:
-    """One guided edit and its picture ``[1, H, W, 3]``."""
+    """One guided edit and its image ``[1, H, W, 3]``."""
     picture = to_nhwc(render_batch([scene]))
     mask = mask_precision(instance_masks(scene, MARGIN)[:1], LEVEL, LEVELS)
     sigmas = host.sigmas("ddim_uniform", STEPS)

@@ -1,10 +1,9 @@
-"""Load CLIP (Retrace): a model that compares pictures with words."""
+"""Load CLIP (Retrace): a model that compares images with words."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
@@ -50,14 +49,16 @@ class LoadCLIP(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model: str, architecture: str, **_: Any) -> Any:
+    def fingerprint_inputs(
+        cls, model: str, architecture: str, **_: object
+    ) -> tuple[str, str, tuple[int, int] | None] | None:
         """Load again when the file changed."""
         file = _files().get(model)
         try:
             facts = file.stat() if file else None
         except OSError:
             return None
-        return model, architecture, facts and (facts.st_mtime_ns, facts.st_size)
+        return model, architecture, (facts.st_mtime_ns, facts.st_size) if facts else None
 
     @classmethod
     @reports_errors("Load CLIP (Retrace)")

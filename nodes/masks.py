@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from comfy_api.latest import io
 
-from ..retrace.core.errors import RetraceError
+from ..retrace.core.errors import InvalidSetting
 from ..retrace.masks import mask_precision
 from ._errors import reports_errors
 from ._schema import schema
@@ -49,9 +51,9 @@ class MaskPrecisionBlur(io.ComfyNode):
 
     @classmethod
     @reports_errors("Mask Precision Blur")
-    def execute(cls, mask: torch.Tensor, level: int, levels: int, edges: str) -> io.NodeOutput:
+    def execute(cls, mask: torch.Tensor, level: int, levels: int, edges: Literal["binary", "soft"]) -> io.NodeOutput:
         if level > levels:
-            raise RetraceError(
+            raise InvalidSetting(
                 f"level is {level}, but there are only levels 0 to {levels}. Lower 'level' or raise 'levels'."
             )
         return io.NodeOutput(mask_precision(mask, level, levels, soft=edges == "soft"))

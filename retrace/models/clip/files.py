@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ...core.errors import InvalidFile, is_out_of_memory, require
+
+Facts: TypeAlias = dict[str, Any]
+"""What open_clip knows about a pretrained model, or a configuration of one."""
+
+ClipNetwork: TypeAlias = Any
+"""An ``open_clip.CLIP``, whose package may not be installed."""
 
 SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".bin")
 """Of files with weights."""
@@ -19,9 +25,7 @@ _HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # in old files beside the weights
 
 
-def find_weights(
-    architecture: str, tag: str, facts: Mapping[str, Any], folders: Sequence[str | os.PathLike[str]] = ()
-) -> Path:
+def find_weights(architecture: str, tag: str, facts: Facts, folders: Sequence[str | os.PathLike[str]] = ()) -> Path:
     """The file of a pretrained model: ``<architecture>-<tag>`` in one of ``folders``, or in Hugging Face's cache.
 
     ``facts`` are open_clip's about it. Raises InvalidFile, which names the file, the folder and where it comes from.
@@ -70,7 +74,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     return {str(name).removeprefix("module."): value for name, value in stored.items() if isinstance(value, Tensor)}
 
 
-def fill(model: Any, stored: Mapping[str, Tensor], file: Path, architecture: str) -> None:
+def fill(model: ClipNetwork, stored: Mapping[str, Tensor], file: Path, architecture: str) -> None:
     """Give an open_clip model all of its weights. Raises InvalidFile: some are missing, of another size or too many."""
     own = model.state_dict()
     advice = f"Choose the architecture that the file holds, or a file for {architecture} in open_clip's form."

@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core.checks import describe
 from ...core.errors import InvalidImage, UnsupportedModel, require
 from ...core.images import resize
 from ..pebble.clip import MEAN, STD, load_clip
-from .files import SUFFIXES, fill, find_weights, read_weights
+from .files import SUFFIXES, ClipNetwork, Facts, fill, find_weights, read_weights
 
 PEBBLE = "Pebble's CLIP"
 """Name of the CLIP that ships with the pack; it knows Pebble's world only."""
@@ -48,6 +49,9 @@ ARCHITECTURES = (
 """Architectures to offer for a file of one's own. The activation is not in the file: quickgelu for weights of OpenAI,
 DFN and MetaCLIP, plain for those of LAION and DataComp."""
 
+Tokenize: TypeAlias = Callable[[list[str]], Tensor]
+"""Texts to ids ``[N, L]``."""
+
 _TAGGED = re.compile(r"([\w.-]+)/([\w.-]+)")
 
 
@@ -56,13 +60,18 @@ class ImageTextModel:
 
     Args:
         model: an open_clip model in evaluation mode, without gradients for its weights.
-        tokenize: texts to ids [N,L].
+        tokenize: texts to ids ``[N, L]``.
         name: for messages.
         mean, std: of the three channels, as the model was trained with.
     """
 
     def __init__(
-        self, model: Any, tokenize: Any, name: str, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
+        self,
+        model: ClipNetwork,
+        tokenize: Tokenize,
+        name: str,
+        mean: Sequence[float] = MEAN,
+        std: Sequence[float] = STD,
     ) -> None:
         self.model, self.tokenize, self.name = model, tokenize, name
         self.mean, self.std = tuple(mean), tuple(std)
@@ -97,13 +106,13 @@ class ImageTextModel:
             self.to(home)
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Images [B,H,W,3] in 0..1 of any size to what the model sees [B,3,h,w], on its device.
+        """Images ``[B, H, W, 3]`` in 0..1 of any size to what the model sees ``[B, 3, h, w]``, on its device.
 
         The whole image is squeezed to the native size (bicubic, antialiased), where open_clip cuts out the middle
         square: no edit is lost at a border, and square images are the same. What overshoots 0..1 is clamped.
 
         Raises:
-            InvalidImage: not [B,H,W,3].
+            InvalidImage: not ``[B, H, W, 3]``.
         """
         if images.ndim != 4 or images.shape[-1] != 3:
             raise InvalidImage(f"image: got {describe(images)}, but an image batch [B, H, W, 3] is needed.")
@@ -115,15 +124,22 @@ class ImageTextModel:
         return (pixels - mean) / std
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Unit vectors [B,D], float32, of images [B,H,W,3] in 0..1. Gradients reach the images. Raises InvalidImage."""
+        """Unit vectors ``[B, D]``, float32, of images ``[B, H, W, 3]`` in 0..1. Gradients reach the images.
+
+        Raises:
+            InvalidImage: not ``[B, H, W, 3]``.
+        """
         return F.normalize(self.model.encode_image(self.preprocess(images)).float(), dim=-1)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Unit vectors [B,D], float32, of [B,3,h,w] around 0..1 of the native size, with gradients also beyond 0..1."""
+        """Unit vectors ``[B, D]``, float32, of ``[B, 3, h, w]`` around 0..1 of the native size.
+
+        Gradients also come from beyond 0..1.
+        """
         return F.normalize(self.model.encode_image(self._normalised(pixels.to(self.device))).float(), dim=-1)
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Unit vectors [N,D], float32, of any texts; what is beyond the model's 77 tokens is cut off."""
+        """Unit vectors ``[N, D]``, float32, of any texts; what is beyond the model's 77 tokens is cut off."""
         ids = self.tokenize([text.encode("utf-8", "replace").decode("utf-8") for text in texts])
         return F.normalize(self.model.encode_text(ids.to(self.device)).float(), dim=-1)
 
@@ -132,20 +148,21 @@ class ImageTextModel:
         """Whether :meth:`visual_tokens` works: the image side is open_clip's vision transformer."""
         return len(self._blocks()) > 1
 
-    def _blocks(self) -> Any:
-        return getattr(getattr(self.model.visual, "transformer", None), "resblocks", ())
+    def _blocks(self) -> Sequence[nn.Module]:
+        blocks: Sequence[nn.Module] = getattr(getattr(self.model.visual, "transformer", None), "resblocks", ())
+        return blocks
 
     def visual_tokens(self, images: Tensor) -> Tensor:
-        """Spatial tokens [B,N,C] after the last block but one, row by row, without the class token.
+        """Spatial tokens ``[B, N, C]`` after the last block but one, row by row, without the class token.
 
         Raises:
-            InvalidImage: not [B,H,W,3].
+            InvalidImage: not ``[B, H, W, 3]``.
             UnsupportedModel: the image side is no vision transformer of open_clip.
         """
         if not self.has_tokens:
             raise UnsupportedModel(
                 f"'{self.name}' gives no tokens of an image: its image side is {type(self.model.visual).__name__}, "
-                "but a vision transformer (ViT) is needed. Load one, or connect a CLIP Vision model."
+                "but a vision transformer (ViT) is needed. Load one, or take a CLIP Vision model."
             )
         kept: list[Tensor] = []
         hook = self._blocks()[-2].register_forward_hook(lambda module, arguments, output: kept.append(output))
@@ -153,7 +170,7 @@ class ImageTextModel:
             self.model.encode_image(self.preprocess(images))
         finally:
             hook.remove()
-        # Old versions of open_clip run their blocks on [N,B,C].
+        # Old versions of open_clip run their blocks on ``[N, B, C]``.
         batch_first = getattr(self.model.visual.transformer, "batch_first", False)
         tokens = kept[0] if batch_first else kept[0].transpose(0, 1)
         return tokens[:, 1:]
@@ -185,7 +202,7 @@ def load_image_text_model(
             return ImageTextModel(*load_clip(), PEBBLE).to(device)
         open_clip = require("open_clip", "load an image-text model", "open_clip_torch")
         tagged = _TAGGED.fullmatch(name_or_file) if isinstance(name_or_file, str) else None
-        facts: dict[str, Any] = {}
+        facts: Facts = {}
         file = Path(name_or_file)
         if tagged and file.suffix not in SUFFIXES:
             architecture, tag = tagged.groups()
@@ -204,8 +221,8 @@ def load_image_text_model(
         return clip.to(device)
 
 
-def _pretrained(open_clip: Any, architecture: str, tag: str) -> dict[str, Any]:
-    facts: dict[str, Any] = open_clip.get_pretrained_cfg(architecture, tag)
+def _pretrained(open_clip: ModuleType, architecture: str, tag: str) -> Facts:
+    facts: Facts = open_clip.get_pretrained_cfg(architecture, tag)
     if not facts:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none for this architecture"
         raise UnsupportedModel(
@@ -214,9 +231,9 @@ def _pretrained(open_clip: Any, architecture: str, tag: str) -> dict[str, Any]:
     return facts
 
 
-def _config(open_clip: Any, architecture: str) -> dict[str, Any]:
+def _config(open_clip: ModuleType, architecture: str) -> Facts:
     """The configuration of a model that is one file: a plain CLIP with open_clip's own tokenizer."""
-    config: dict[str, Any] | None = open_clip.get_model_config(architecture) if "/" not in architecture else None
+    config: Facts | None = open_clip.get_model_config(architecture) if "/" not in architecture else None
     if config is None:
         raise UnsupportedModel(
             f"open_clip has no architecture '{architecture}'. Choose another one, for example {ARCHITECTURES[0]}, or "
