@@ -143,7 +143,7 @@ class CLIPGuidance(io.ComfyNode):
                     "parity",
                     default=False,
                     tooltip="On: follow the authors' code where it differs from the paper: mask before views, source "
-                    "unmasked, noisy and clean image mixed, and with euler_ancestral a weaker push at low noise.",
+                    "unmasked, noisy and clean image mixed.",
                     **advanced(),
                 ),
             ],

@@ -1,4 +1,4 @@
-"""Sampling under a :class:`Blend`: what a KSampler does with a model that Blend Step patched."""
+"""Sampling under a :class:`Blend`, as a sampler of ComfyUI does it under the same blend."""
 
 from __future__ import annotations
 

@@ -62,14 +62,17 @@ def patched(case: Any, path: Any, *, model: Any = None, schedule: Any = None, va
     )
 
 
-def sample(case: Any, model: Any, cfg: float = 1.0, sampler: str = "euler", batch: int = 1) -> Tensor:
+def sample(
+    case: Any, model: Any, cfg: float = 1.0, sampler: str = "euler", batch: int = 1, callback: Any = None
+) -> Tensor:
     import comfy.sample
 
     latent = case.latent.repeat(batch, 1, 1, 1)
     noise = torch.randn(1, 4, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(0)).repeat(batch, 1, 1, 1)
     return comfy.sample.sample(  # type: ignore[no-any-return]
-        model, noise, STEPS, cfg, sampler, "ddim_uniform", case.words, case.empty, latent, seed=1, disable_pbar=True
-    )
+        model, noise, STEPS, cfg, sampler, "ddim_uniform", case.words, case.empty, latent, seed=1, disable_pbar=True,
+        callback=callback,
+    )  # fmt: skip
 
 
 def counted(model: Any, counts: Counter[str]) -> Any:
@@ -189,6 +192,19 @@ def test_kernels_without_a_backward_are_not_used(case: Any) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_a_run_inside_a_run_changes_neither(case: Any, path: str) -> None:
+    guided = patched(case, path)
+    alone = sample(case, guided)
+    inner: list[Tensor] = []
+
+    def again(step: int, *_: object) -> None:
+        if step == 1:
+            inner.append(sample(case, guided))
+
+    assert torch.equal(sample(case, guided, callback=again), alone) and torch.equal(inner[0], alone)
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_stop_in_the_middle(case: Any, path: GradientPath) -> None:
     """Autograd's switches, the CLIP and the model are as before, and the next run is."""
     import comfy.patcher_extension
@@ -273,6 +289,21 @@ def test_latents_of_films_are_refused(case: Any) -> None:
     wrapper = patched(case, "x0").get_wrappers("sampler_sample", "retrace_clip_guidance")[0]
     with pytest.raises(UnsupportedModel, match="single pictures"):
         wrapper.__self__.begin({"noise": call.noise, "model_wrap": None})
+
+
+def test_a_move_by_the_variance_is_for_samplers_with_ddpms_noise(case: Any) -> None:
+    import comfy.samplers
+
+    patch = patched(case, "x0", schedule=Schedule.reference()).get_wrappers("sampler_sample", "retrace_clip_guidance")[
+        0
+    ]
+    own = {
+        name: patch.__self__.schedule_for(comfy.samplers.sampler_object(name)).move
+        for name in ("euler", "ddim", "dpmpp_2m_sde", "euler_ancestral", "ddpm")
+    }
+    assert [name for name, move in own.items() if move == "variance"] == ["euler_ancestral", "ddpm"]
+    half = comfy.samplers.ksampler("euler_ancestral", {"eta": 0.5})
+    assert patch.__self__.schedule_for(half).move == "score"
 
 
 def test_loras_on_top_count(case: Any) -> None:
