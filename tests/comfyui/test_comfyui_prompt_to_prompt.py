@@ -103,7 +103,8 @@ def by_library(
         options = library.EditSampling(plan, source=path)
         return library.sample_edit(model, path.noise, sigmas, c["all"], c["empty"], 7.5, options)
 
-    return host.run(source * scale, conds, method) / scale
+    sampled: torch.Tensor = host.run(source * scale, conds, method)
+    return sampled / scale
 
 
 def test_it_is_the_edit_of_the_library(newest_server: ComfyServer) -> None:
@@ -121,8 +122,8 @@ def test_a_closing_step_between_equal_levels_blends(newest_server: ComfyServer) 
 
 
 def test_later_windows_words_per_prompt_and_a_threshold_to_keep(newest_server: ComfyServer) -> None:
-    words = {"blend_words": "circle, red | circle", "keep_words": "sand", "blend_threshold": 0.2}
-    starts = {"cross_start": 0.25, "self_start": 0.2, "self_replace": 0.8, "keep_threshold": 0.9}
+    words: dict[str, Any] = {"blend_words": "circle, red | circle", "keep_words": "sand", "blend_threshold": 0.2}
+    starts: dict[str, Any] = {"cross_start": 0.25, "self_start": 0.2, "self_replace": 0.8, "keep_threshold": 0.9}
     source, batch = run(newest_server, edit(**words, **starts))
     settings = library.PlanSettings(cross_replace=(0.25, 0.8), self_replace=(0.2, 0.8))
     asked = library.BlendWords([["circle", "red"], ["circle"]], ["sand"], 0.2, 0.9)

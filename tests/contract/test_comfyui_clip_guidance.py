@@ -324,7 +324,7 @@ def test_background_losses_hold_the_background_without_blend_step(case: Any) -> 
     source = case.host.vae.decode(case.latent)
     far = []
     for weight in (0.0, 10000.0):
-        weights = Weights(100.0, 0.0, 0.0, weight)
+        weights = Weights(clip=100.0, range=0.0, background_mse=weight)
         guidance = ClipGuidance(
             case.clip, "a blue square", case.mask, source, weights=weights, augmentations=Augmentations(1)
         )

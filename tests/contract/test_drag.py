@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from retrace.core.errors import RetraceError
-from retrace.core.host import Denoiser
+from retrace.core.host import FeatureDenoiser
 from retrace.core.schedule import reference_sigmas, truncate
 from retrace.drag.latent.edit import drag_points
 from retrace.drag.latent.result import Dragged
@@ -31,7 +31,7 @@ def dragged(subject: Any, words: tuple[str, ...] = (SCENE.caption(),), scale: fl
     settings = DragSettings(**{"changes": 2, "inversion": "ddim", **how})
     sigmas = truncate(reference_sigmas("leading_1", host.training_sigmas(), 10), 0.7)
 
-    def method(denoiser: Denoiser, x: Tensor, conds: Any) -> Dragged:
+    def method(denoiser: FeatureDenoiser, x: Tensor, conds: Any) -> Dragged:
         uncond = conds[1] if len(conds) > 1 else None
         source = DragSource(x, sigmas, conds[0], noisy, uncond, scale)
         return drag_points(denoiser, source, POINTS, mask(), settings)

@@ -382,4 +382,4 @@ class TestInsideComfyUI:
         with pytest.raises(RetraceError, match="16 channels"):
             train_lora(host, torch.randn(1, 16, 8, 8), words)
         with pytest.raises(RetraceError, match="CONDITIONING is needed"):
-            train_lora(host, torch.randn(1, 4, 8, 8), None)
+            train_lora(host, torch.randn(1, 4, 8, 8), None)  # type: ignore[arg-type]

@@ -132,7 +132,7 @@ def test_what_cannot_be_trained_says_so() -> None:
         train_decoder(Shift(float("nan")), zeros, zeros, zeros, mask, Training(2))
     for wrong in ({"steps": -1}, {"learning_rate": 0.0}, {"weight": -1.0}, {"stop": float("nan")}, {"patience": -1}):
         with pytest.raises(InvalidSetting, match=f"{next(iter(wrong))}: got"):
-            Training(**wrong)  # type: ignore[arg-type]
+            Training(**wrong)
 
 
 def test_the_latent_can_learn_instead() -> None:

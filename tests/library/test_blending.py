@@ -47,6 +47,9 @@ class Keeps:
     def progress(self, *_: object) -> None: ...
 
 
+KEEPS: Any = Keeps()  # its conditions are tensors
+
+
 def trajectory() -> Trajectory:
     latents = torch.stack([source() + i for i in (3.0, 2.0, 1.0, 0.0)])
     return Trajectory(SIGMAS, latents, "eps", "abc", "ddim")
@@ -163,7 +166,7 @@ def test_bad_input_is_named() -> None:
         keep_source(source() * float("nan"), half_mask(), "eps")
     for wrong in ({"noise": "old"}, {"level": "last"}, {"cells": "most"}, {"noise_for": "all"}, {"stages": -1}):
         with pytest.raises(InvalidSetting, match=f"{next(iter(wrong))}: got"):
-            BlendSettings(**wrong)  # type: ignore[arg-type]
+            BlendSettings(**wrong)
     with pytest.raises(InvalidImage, match="Sample at the size of the source"):
         Blend(source(), half_mask(), "eps").start(SIGMAS, torch.zeros(1, 4, 8, 8))
     with pytest.raises(InvalidImage, match="2 masks for a batch of 3"):
@@ -175,7 +178,7 @@ def test_bad_input_is_named() -> None:
 def test_sampling_paints_inside_the_mask_and_returns_the_source_outside() -> None:
     blend = Blend(source(), half_mask(), "eps")
     painted = torch.full((1, 4, 6, 8), 2.0)
-    out = sample_blended(Keeps(), painted, SIGMAS, blend, torch.full_like(painted, 5.0), settings=Sampling(20.0))
+    out = sample_blended(KEEPS, painted, SIGMAS, blend, torch.full_like(painted, 5.0), settings=Sampling(20.0))  # type: ignore[arg-type]
     assert torch.equal(out[..., :4], torch.full((1, 4, 6, 4), 5.0))
     assert torch.equal(out[..., 4:], source()[..., 4:])
 
@@ -187,7 +190,7 @@ def test_a_closing_step_between_equal_levels_still_ends_on_the_background_of_tha
     assert sigmas[-1] == sigmas[-2] > 0
     blend = Blend(torch.zeros(1, 4, 32, 32), half_mask(32, 32), "eps", BlendSettings(noise=noise, level="current"))
     x0 = torch.zeros(1, 4, 32, 32)
-    out = sample_blended(Keeps(), x0, sigmas, blend, torch.full_like(x0, 5.0), settings=Sampling(20.0))
+    out = sample_blended(KEEPS, x0, sigmas, blend, torch.full_like(x0, 5.0), settings=Sampling(20.0))  # type: ignore[arg-type]
     lowest = float(sigmas[-1])
     assert lowest == pytest.approx(0.029, abs=5e-4)
     assert float(out[..., 4:].std()) == pytest.approx(lowest, rel=0.05)
@@ -196,7 +199,7 @@ def test_a_closing_step_between_equal_levels_still_ends_on_the_background_of_tha
 def test_a_mask_in_pixels_or_on_the_grid_becomes_the_same_blend() -> None:
     wide = half_mask().repeat_interleave(8, 1).repeat_interleave(8, 2)
     for cells in ("max", "area", "any", "nearest"):
-        blend = keep_source(source(), wide, "eps", BlendSettings(cells=cells))  # type: ignore[arg-type]
+        blend = keep_source(source(), wide, "eps", BlendSettings(cells=cells))
         assert torch.equal(blend.mask, half_mask())
     assert torch.equal(keep_source(trajectory(), half_mask(), "eps").mask, half_mask())
     # A VAE cuts 53x67 pixels to 48x64, two rows and one column from the beginning.
@@ -209,7 +212,7 @@ class TestReferences:
     """What the authors' scripts do and our defaults do not."""
 
     def test_presets(self) -> None:
-        pixel, ldm, sd2 = (BlendSettings.reference(script) for script in ("pixel", "ldm", "sd2"))  # type: ignore[arg-type]
+        pixel, ldm, sd2 = (BlendSettings.reference(script) for script in ("pixel", "ldm", "sd2"))
         assert {s.noise for s in (pixel, ldm, sd2)} == {"fresh"} and {s.cells for s in (pixel, ldm, sd2)} == {"nearest"}
         assert [s.level for s in (pixel, ldm, sd2)] == ["current", "next", "current"]
         assert [s.noise_for for s in (pixel, ldm, sd2)] == ["batch", "batch", "each"]
@@ -220,7 +223,7 @@ class TestReferences:
     def test_one_noise_for_the_batch(self) -> None:
         x = torch.zeros(3, 4, 6, 8)
         for noise_for in ("batch", "each"):
-            settings = BlendSettings(noise="fresh", noise_for=noise_for)  # type: ignore[arg-type]
+            settings = BlendSettings(noise="fresh", noise_for=noise_for)
             run = Blend(source(), torch.zeros(1, 6, 8), "eps", settings).start(SIGMAS, x)
             one, two, three = run(x, 4.0)
             assert (torch.equal(one, two) and torch.equal(two, three)) is (noise_for == "batch")
@@ -231,14 +234,14 @@ class TestReferences:
     def test_an_end_without_a_paste(self) -> None:
         x0, aim = torch.zeros(1, 4, 6, 8), torch.full((1, 4, 6, 8), 5.0)
         blend = Blend(source(), half_mask(), "eps", BlendSettings.reference("ldm"))
-        out = sample_blended(Keeps(), x0, SIGMAS, blend, aim, settings=Sampling(20.0))
+        out = sample_blended(KEEPS, x0, SIGMAS, blend, aim, settings=Sampling(20.0))  # type: ignore[arg-type]
         assert torch.equal(out, aim)  # the last step's estimate, also outside the mask
 
     def test_starts(self) -> None:
         x0 = torch.full((1, 4, 6, 8), 3.0)
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(2))
         begun = {
-            start: Sampling(10.0, seed=2, start=start).first(x0, 10.0, "eps")  # type: ignore[arg-type]
+            start: Sampling(10.0, seed=2, start=start).first(x0, 10.0, "eps")
             for start in ("sampler", "forward", "noise")
         }
         torch.testing.assert_close(begun["sampler"], x0 + 101**0.5 * noise)
@@ -272,9 +275,9 @@ class TestReferences:
         x0, aim = torch.zeros(1, 4, 6, 8), torch.full((1, 4, 6, 8), 0.75)
         blend = Blend(x0, half_mask(), "eps", BlendSettings(noise="fresh", ending="sampled"))
         for level in ("next", "current"):
-            pixels = PixelBlending(codec, image, mask, share=0.4, level=level)  # type: ignore[arg-type]
+            pixels = PixelBlending(codec, image, mask, share=0.4, level=level)
             assert pixels.first(3) == 1 and pixels.first(50) == 30
-            out = sample_blended(Keeps(), x0, SIGMAS, blend, aim, settings=Sampling(20.0, pixels=pixels))
+            out = sample_blended(KEEPS, x0, SIGMAS, blend, aim, settings=Sampling(20.0, pixels=pixels))  # type: ignore[arg-type]
             if level == "next":
                 torch.testing.assert_close(out, pasted)
                 continue

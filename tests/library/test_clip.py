@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from retrace.core.errors import InvalidFile, InvalidImage, MissingPackage, UnsupportedModel
 from retrace.models.clip.files import find_weights
@@ -114,9 +115,13 @@ def test_moving_there_and_back(pebble: ImageTextModel) -> None:
     assert pebble.device.type == "cpu" and pebble.bytes > 1_000_000
 
 
+def no_words(texts: list[str]) -> Tensor:
+    raise AssertionError(texts)
+
+
 def test_visual_tokens(pebble: ImageTextModel, tiny: Any) -> None:
     assert pebble.has_tokens and pebble.visual_tokens(images(2)).shape == (2, 64, 128)
-    clip = ImageTextModel(tiny.eval(), None, "tiny")
+    clip = ImageTextModel(tiny.eval(), no_words, "tiny")
     with torch.no_grad():
         tokens = clip.visual_tokens(images(1, 32, 32))
         # Without the class token, what is left goes through the last block with it and gives the known features.
@@ -125,7 +130,7 @@ def test_visual_tokens(pebble: ImageTextModel, tiny: Any) -> None:
     assert not tiny.visual.transformer.resblocks[-2]._forward_hooks
     tiny.visual = torch.nn.Identity()
     tiny.visual.image_size = 32
-    convolutional = ImageTextModel(tiny, None, "RN50")
+    convolutional = ImageTextModel(tiny, no_words, "RN50")
     assert not convolutional.has_tokens
     with pytest.raises(UnsupportedModel, match=r"'RN50' gives no tokens.*Identity.*CLIP Vision"):
         convolutional.visual_tokens(images(1))

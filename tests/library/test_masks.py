@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+from typing import Any
 
 import numpy
 import pytest
@@ -191,7 +192,7 @@ def test_latent_modes_on_soft_values() -> None:
 
 
 @pytest.mark.parametrize(("height", "width", "rows", "columns"), [(32, 24, 4, 3), (21, 34, 3, 4)])
-def test_nearest_reads_the_middle_of_a_cell_as_pil_does(height, width, rows, columns) -> None:
+def test_nearest_reads_the_middle_of_a_cell_as_pil_does(height: int, width: int, rows: int, columns: int) -> None:
     mask = torch.rand(1, height, width, generator=torch.Generator().manual_seed(0))
     found = latent_mask(mask, mode="nearest", size=(rows, columns))
     middles = [[(int((i + 0.5) * height / rows), int((j + 0.5) * width / columns)) for j in range(columns)]
@@ -287,6 +288,6 @@ def test_inward_feather_stays_inside() -> None:
 
 @pytest.mark.parametrize("function", [feather, feather_inward])
 @pytest.mark.parametrize("radius", [-1, float("nan"), "2"])
-def test_a_radius_that_is_none(function, radius) -> None:
+def test_a_radius_that_is_none(function: Any, radius: Any) -> None:
     with pytest.raises(InvalidSetting, match="radius: got"):
         function(torch.ones(1, 4, 4), radius)

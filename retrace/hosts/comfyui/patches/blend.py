@@ -10,13 +10,11 @@ from ....core.errors import InvalidInput, Remedy
 from ....core.trajectory import Trajectory
 from ..calls import SamplerCall
 from ..host import ComfyHost
-from ..types import Latent, Model
+from ..types import Model
 from .run_patch import RunPatch
 
 
-def patch_blend(
-    model: Model, source: Latent | Trajectory, mask: Tensor, settings: BlendSettings | None = None
-) -> Model:
+def patch_blend(model: Model, source: object, mask: Tensor, settings: BlendSettings | None = None) -> Model:
     """A clone of the MODEL whose samplers keep ``source`` outside ``mask``.
 
     Args:
