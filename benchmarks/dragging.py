@@ -35,7 +35,7 @@ from retrace.attention.reference_kv import ReferenceKV
 from retrace.blending.paste import paste_background
 from retrace.core.host import Conditioning, LowRank, UNetDenoiser
 from retrace.core.sampling import sample_ddim
-from retrace.core.schedule import reference_sigmas, truncate
+from retrace.core.schedule import grid_sigmas, truncate
 from retrace.drag.latent.edit import drag_points
 from retrace.drag.latent.settings import DragSettings
 from retrace.drag.latent.task import DragSource
@@ -178,7 +178,7 @@ def way(scene: Scene, moved: Object) -> Tensor:
 
 def drag(host: DiffusersHost, job: Task, recipe: Recipe, lora: Mapping[str, LowRank] | None) -> Score:
     """Invert, drag, sample on beside the reference, and read the picture."""
-    grid = reference_sigmas("leading_1", host.training_sigmas(), STEPS)
+    grid = grid_sigmas("leading_1", host.training_sigmas(), STEPS)
     sigmas = truncate(grid, recipe.strength)
     started = time.perf_counter()
 

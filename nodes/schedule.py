@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from ..retrace.core.schedule import GRIDS, reference_sigmas
+from ..retrace.core.schedule import GRIDS, grid_sigmas, reference_sigmas
 from ._errors import reports_errors
 from ._schema import advanced, schema
 
@@ -52,4 +52,5 @@ class ReferenceSchedule(io.ComfyNode):
     def execute(cls, model: Model, grid: str, steps: int, parity: bool) -> io.NodeOutput:
         from ..retrace.hosts.comfyui import ComfyHost
 
-        return io.NodeOutput(reference_sigmas(grid, ComfyHost(model).training_sigmas(), steps, parity))
+        sigmas = reference_sigmas if parity else grid_sigmas
+        return io.NodeOutput(sigmas(grid, ComfyHost(model).training_sigmas(), steps))

@@ -72,7 +72,7 @@ class BlendSettings:
         Args:
             script: ``"pixel"`` Blended Diffusion (2022); ``"ldm"`` Blended Latent Diffusion (2023), which leaves the
                 end to its background reconstruction; ``"sd2"`` the same authors' script for Stable Diffusion 2, whose
-                schedule is :func:`retrace.core.schedule.reference_sigmas` ``("leading_0", ..., parity=True)``. Their
+                schedule is :func:`retrace.core.schedule.reference_sigmas` ``("leading_0", ...)``. Their
                 masks are 0 or 1; a soft one stays soft here.
 
         Raises:

@@ -142,14 +142,49 @@ GRIDS: dict[str, Grid] = {
 }
 
 
-def reference_timesteps(name: str, total: int, steps: int, parity: bool = False) -> list[int]:
-    """Descending timesteps ``0..total-1`` of the grid ``name``; arguments and errors as in :func:`reference_sigmas`."""
+def grid_timesteps(name: str, total: int, steps: int) -> list[int]:
+    """Descending timesteps ``0..total-1`` of the grid ``name``; arguments and errors as in :func:`grid_sigmas`."""
+    return _descending(name, total, steps, _timesteps(name, total, steps)[:steps])
+
+
+def reference_timesteps(name: str, total: int, steps: int) -> list[int]:
+    """As :func:`grid_timesteps`, with the extra steps that ``uniform_plus_1`` has in its reference."""
+    return _descending(name, total, steps, _timesteps(name, total, steps))
+
+
+def grid_sigmas(name: str, training_sigmas: Tensor, steps: int) -> Tensor:
+    """Noise levels ``[steps + 1]``, descending to 0, of the grid ``name`` (a key of :data:`GRIDS`).
+
+    ``training_sigmas`` ``[T]`` are the levels of the model's training timesteps, ascending.
+
+    Raises:
+        InvalidSchedule: unknown name, fewer than 1 or more than T steps, a grid that leaves the training range, or
+            training levels that are not positive, finite and ascending.
+    """
+    _check_training(training_sigmas)
+    levels = training_sigmas[_index(grid_timesteps(name, len(training_sigmas), steps), training_sigmas)]
+    return torch.cat([levels, torch.zeros_like(levels[:1])])
+
+
+def reference_sigmas(name: str, training_sigmas: Tensor, steps: int) -> Tensor:
+    """As :func:`grid_sigmas`, but to the letter of the reference, which does not always end at 0.
+
+    Grids that end at the lowest training level leave a little noise (0.03 for SD) in the result; ``leading_0`` then
+    repeats that level once, because its last step is from timestep 0 to itself; and ``uniform_plus_1`` has the extra
+    steps of its reference.
+    """
+    _check_training(training_sigmas)
+    levels = training_sigmas[_index(reference_timesteps(name, len(training_sigmas), steps), training_sigmas)]
+    return torch.cat([levels, training_sigmas[:1] if GRIDS[name].end == "first" else torch.zeros_like(levels[:1])])
+
+
+def _timesteps(name: str, total: int, steps: int) -> list[int]:
     if name not in GRIDS:
         raise InvalidSchedule(f"Timestep grid: got '{name}', but one of {', '.join(GRIDS)} is needed.")
-    check_steps("steps", steps, 1, total)
-    timesteps = GRIDS[name].timesteps(total, steps)
-    if not parity:
-        timesteps = timesteps[:steps]  # uniform + 1 alone makes more, as its reference does
+    return GRIDS[name].timesteps(total, check_steps("steps", steps, 1, total))
+
+
+def _descending(name: str, total: int, steps: int, timesteps: list[int]) -> list[int]:
     if timesteps[-1] >= total:
         raise InvalidSchedule(
             f"Timestep grid '{name}' with {steps} steps reaches timestep {timesteps[-1]}, but this model was trained "
@@ -158,19 +193,11 @@ def reference_timesteps(name: str, total: int, steps: int, parity: bool = False)
     return timesteps[::-1]
 
 
-def reference_sigmas(name: str, training_sigmas: Tensor, steps: int, parity: bool = False) -> Tensor:
-    """Noise levels ``[steps + 1]``, descending, of the grid ``name`` (a key of :data:`GRIDS`).
+def _index(timesteps: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(timesteps, device=like.device)
 
-    ``training_sigmas`` ``[T]`` are the levels of the model's training timesteps, ascending. The last level is 0, so
-    that the last step takes off all noise. With ``parity`` the list ends where the reference ends: for grids that end
-    at the lowest training level a little noise (0.03 for SD) stays in the result; ``leading_0`` then repeats that
-    level once, because its last step is from timestep 0 to itself; and ``uniform_plus_1`` has the extra steps of its
-    reference.
 
-    Raises:
-        InvalidSchedule: unknown name, fewer than 1 or more than T steps, a grid that leaves the training range, or
-            training levels that are not positive, finite and ascending.
-    """
+def _check_training(training_sigmas: Tensor) -> None:
     if training_sigmas.ndim != 1 or len(training_sigmas) < 1:
         raise InvalidSchedule(
             f"Training sigmas: got shape {list(training_sigmas.shape)}, but a list [T] of the model's noise levels is "
@@ -183,10 +210,6 @@ def reference_sigmas(name: str, training_sigmas: Tensor, steps: int, parity: boo
         )
     if bool((training_sigmas <= 0).any()) or bool((training_sigmas.diff() <= 0).any()):
         raise InvalidSchedule("Training sigmas must be positive and ascending, one per training timestep.")
-    timesteps = reference_timesteps(name, len(training_sigmas), steps, parity)
-    levels = training_sigmas[torch.tensor(timesteps, device=training_sigmas.device)]
-    end = training_sigmas[:1] if parity and GRIDS[name].end == "first" else torch.zeros_like(levels[:1])
-    return torch.cat([levels, end])
 
 
 def check_sigmas(sigmas: object, name: str = "sigmas") -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from retrace.core.errors import InvalidImage, InvalidSchedule, InvalidSetting, RetraceError, TrajectoryMismatch
 from retrace.core.host import Origin
 from retrace.core.sampling import SampleStep, ddpm_mean
-from retrace.core.schedule import reference_sigmas
+from retrace.core.schedule import grid_sigmas, reference_sigmas
 from retrace.inversion.edit_friendly import (
     EditFriendly,
     EditFriendlySettings,
@@ -61,7 +61,7 @@ def words(model: Gaussian) -> tuple[Mean, Mean, Mean]:
 def grid(kind: str, steps: int) -> Tensor:
     if kind == "flow":
         return ladder(steps, 1.0, 1.0)
-    return reference_sigmas("leading_1", stable_diffusion_sigmas(), steps)
+    return grid_sigmas("leading_1", stable_diffusion_sigmas(), steps)
 
 
 def inverted(
@@ -92,7 +92,7 @@ def test_whatever_the_last_level(eta: float, end: str) -> None:
     x0 = model.draw(1, source)
     sigmas = {"zero": ladder(8, 10.0, 3.0), "above": ladder(8, 10.0, 3.0)[:-1]}.get(end)
     if sigmas is None:
-        sigmas = reference_sigmas("leading_0", stable_diffusion_sigmas(), 10, parity=True)
+        sigmas = reference_sigmas("leading_0", stable_diffusion_sigmas(), 10)
     found = inverted(model, x0, sigmas, source, empty, seed=3, eta=eta)
     assert torch.equal(found.trajectory.source, x0)
     assert relative(sample_edit_friendly(model, found, source, empty, SCALE), x0) < 1e-12
@@ -220,7 +220,7 @@ def test_costs_are_counted_and_batches_change_nothing(batch: int) -> None:
     model.evaluations = 0
     sample_edit_friendly(model, found, source, empty, SCALE, skip=3)
     assert model.evaluations == 2 * 2 * 5
-    parity = reference_sigmas("leading_0", stable_diffusion_sigmas(), 8, parity=True)
+    parity = reference_sigmas("leading_0", stable_diffusion_sigmas(), 8)
     closing = inverted(model, x0, parity, source, empty, seed=1, batch=batch)
     assert closing.trajectory.report["evaluations"] == 2 * 2 * 7
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from retrace.core.errors import InvalidImage, InvalidSchedule, InvalidSetting, RetraceError
 from retrace.core.host import Origin, Parametrisation
 from retrace.core.sampling import sample_ddim
-from retrace.core.schedule import reference_sigmas
+from retrace.core.schedule import grid_sigmas, reference_sigmas
 from retrace.core.trajectory import Trajectory
 from retrace.inversion.invert import METHODS, PSNR_CAP, InversionSettings, Inverted, Method, invert, latent_psnr
 
@@ -34,7 +34,7 @@ KINDS = [("eps", 10.0, 3.0), ("v", 10.0, 3.0), ("flow", 1.0, 1.0)]
 def grid(kind: Parametrisation, steps: int) -> Tensor:
     if kind == "flow":
         return ladder(steps, 1.0, 1.0)
-    return reference_sigmas("leading_1", stable_diffusion_sigmas(), steps)
+    return grid_sigmas("leading_1", stable_diffusion_sigmas(), steps)
 
 
 def walked(
@@ -192,7 +192,7 @@ def test_the_reference_grid_with_its_closing_no_op() -> None:
     model = natural()
     cond = centre(model)
     x0 = model.draw(1, cond)
-    sigmas = reference_sigmas("leading_0", stable_diffusion_sigmas(), 10, parity=True)
+    sigmas = reference_sigmas("leading_0", stable_diffusion_sigmas(), 10)
     path = invert(model, x0, sigmas, cond)
     assert path.report["evaluations"] == 9
     assert torch.equal(path.latents[-1], path.latents[-2])
@@ -203,7 +203,7 @@ def test_ddim_is_the_step_of_the_null_text_code() -> None:
     model = natural()
     cond = centre(model)
     training = stable_diffusion_sigmas()
-    sigmas = reference_sigmas("leading_1", training, 10, parity=True)
+    sigmas = reference_sigmas("leading_1", training, 10)
     alphas = 1 / (1 + sigmas.flip(0) ** 2)
     z = model.draw(1, cond)
     path = invert(model, z / alphas[0].sqrt(), sigmas, cond)

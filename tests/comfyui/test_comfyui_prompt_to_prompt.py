@@ -87,7 +87,7 @@ def by_library(
     host = DiffusersHost.load(None, device="cpu")
     sigmas = host.sigmas("normal", graphs.STEPS)
     if grid:
-        sigmas = reference_sigmas("leading_0", host.training_sigmas(), graphs.STEPS, parity=True)
+        sigmas = reference_sigmas("leading_0", host.training_sigmas(), graphs.STEPS)
     prompts = host.read_prompts([SOURCE, TARGET])
     plan = library.plan(prompts[0], prompts[1:], settings, library.local_blend(prompts, asked))
     conds = {

@@ -10,7 +10,7 @@ import torch
 
 from retrace.core.errors import InvalidFile, InvalidSchedule
 from retrace.core.host import from_variance_preserving, to_variance_preserving
-from retrace.core.schedule import reference_sigmas
+from retrace.core.schedule import grid_sigmas, reference_sigmas
 from retrace.inversion.invert import InversionSettings
 from tests.rounding import assert_rounds_to
 
@@ -73,7 +73,7 @@ def test_grids_that_end_at_the_lowest_level_begin_at_its_variance(comfy_subject:
     positive = host.encode_text("a red circle")
     lowest = float(host.training_sigmas()[0])
     for parity in (True, False):
-        sigmas = reference_sigmas(grid, host.training_sigmas(), 4, parity)
+        sigmas = (reference_sigmas if parity else grid_sigmas)(grid, host.training_sigmas(), 4)
         inverted = invert_latent(host, samples, sigmas, positive, InversionSettings(), verify=False)
         source = inverted.trajectory.source
         if parity and grid != "trailing":

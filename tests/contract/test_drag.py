@@ -10,7 +10,7 @@ from torch import Tensor
 
 from retrace.core.errors import RetraceError
 from retrace.core.host import FeatureDenoiser
-from retrace.core.schedule import reference_sigmas, truncate
+from retrace.core.schedule import grid_sigmas, truncate
 from retrace.drag.latent.edit import drag_points
 from retrace.drag.latent.result import Dragged
 from retrace.drag.latent.settings import DragSettings
@@ -29,7 +29,7 @@ def dragged(subject: Any, words: tuple[str, ...] = (SCENE.caption(),), scale: fl
     """``noisy`` in ``how`` is the source's; the rest are settings."""
     host, noisy = subject.host, how.pop("noisy", False)
     settings = DragSettings(**{"changes": 2, "inversion": "ddim", **how})
-    sigmas = truncate(reference_sigmas("leading_1", host.training_sigmas(), 10), 0.7)
+    sigmas = truncate(grid_sigmas("leading_1", host.training_sigmas(), 10), 0.7)
 
     def method(denoiser: FeatureDenoiser, x: Tensor, conds: Any) -> Dragged:
         uncond = conds[1] if len(conds) > 1 else None

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from retrace.core.errors import InvalidSchedule
-from retrace.core.schedule import GRIDS, check_sigmas, reference_sigmas, reference_timesteps, respaced, truncate
+from retrace.core.schedule import (
+    GRIDS,
+    check_sigmas,
+    grid_sigmas,
+    grid_timesteps,
+    reference_sigmas,
+    reference_timesteps,
+    respaced,
+    truncate,
+)
 
 pytestmark = pytest.mark.rounding
 
@@ -29,7 +38,7 @@ def training(total: int = 1000) -> torch.Tensor:
     ],
 )
 def test_fifty_steps_of_every_grid(name: str, expected: list[int]) -> None:
-    assert reference_timesteps(name, 1000, 50) == expected
+    assert grid_timesteps(name, 1000, 50) == expected
 
 
 def test_every_grid_says_where_it_comes_from() -> None:
@@ -39,10 +48,10 @@ def test_every_grid_says_where_it_comes_from() -> None:
 
 def test_counts_that_do_not_divide() -> None:
     # As diffusers (DDIMScheduler, set_timesteps(30) and (7)) and latent-diffusion (make_ddim_timesteps) answer.
-    assert reference_timesteps("leading_1", 1000, 30)[:2] == [958, 925]
-    assert reference_timesteps("trailing", 1000, 7) == [999, 856, 713, 570, 428, 285, 142]
-    assert len(reference_timesteps("uniform_plus_1", 1000, 30)) == 30
-    parity = reference_timesteps("uniform_plus_1", 1000, 30, parity=True)
+    assert grid_timesteps("leading_1", 1000, 30)[:2] == [958, 925]
+    assert grid_timesteps("trailing", 1000, 7) == [999, 856, 713, 570, 428, 285, 142]
+    assert len(grid_timesteps("uniform_plus_1", 1000, 30)) == 30
+    parity = reference_timesteps("uniform_plus_1", 1000, 30)
     assert len(parity) == 31 and parity[:2] == [991, 958]
 
 
@@ -69,41 +78,41 @@ def test_respacing_of_guided_diffusion_and_glide() -> None:
 @pytest.mark.parametrize("steps", [1, 2, 5, 25, 50, 100])
 def test_sigmas_descend_to_zero_in_steps_plus_one_levels(name: str, steps: int) -> None:
     levels = training()
-    sigmas = reference_sigmas(name, levels, steps)
+    sigmas = grid_sigmas(name, levels, steps)
     assert sigmas.shape == (steps + 1,) and sigmas.dtype == levels.dtype
     assert sigmas[-1] == 0
     assert check_sigmas(sigmas) is sigmas
-    assert torch.equal(sigmas[:-1], levels[reference_timesteps(name, 1000, steps)])
+    assert torch.equal(sigmas[:-1], levels[grid_timesteps(name, 1000, steps)])
 
 
 def test_parity_ends_where_the_reference_ends() -> None:
     levels = training()
-    offset_0 = reference_sigmas("leading_0", levels, 50, parity=True)
+    offset_0 = reference_sigmas("leading_0", levels, 50)
     assert offset_0[-1] == offset_0[-2] == levels[0]  # the closing no-op of the P2P notebooks
-    offset_1 = reference_sigmas("leading_1", levels, 50, parity=True)
+    offset_1 = reference_sigmas("leading_1", levels, 50)
     assert (offset_1[-2], offset_1[-1]) == (levels[1], levels[0])
     assert float(levels[0]) == pytest.approx(0.0292, abs=1e-4)
     for name in GRIDS:
-        sigmas = reference_sigmas(name, levels, 50, parity=True)
+        sigmas = reference_sigmas(name, levels, 50)
         assert check_sigmas(sigmas) is sigmas
-    assert reference_sigmas("respaced", levels, 100, parity=True)[-1] == 0
+    assert reference_sigmas("respaced", levels, 100)[-1] == 0
 
 
 def test_bad_requests_are_errors_that_say_what_is_needed() -> None:
     levels = training()
     with pytest.raises(InvalidSchedule, match="got 'karras', but one of leading_0, leading_1"):
-        reference_sigmas("karras", levels, 10)
+        grid_sigmas("karras", levels, 10)
     for steps in (0, -1, 1001, 2.5):
         with pytest.raises(InvalidSchedule, match="steps: got"):
-            reference_sigmas("leading_0", levels, steps)  # type: ignore[arg-type]
+            grid_sigmas("leading_0", levels, steps)  # type: ignore[arg-type]
     with pytest.raises(InvalidSchedule, match=r"reaches timestep 1000, but this model was trained on 0\.\.999"):
-        reference_sigmas("leading_1", levels, 1000)
+        grid_sigmas("leading_1", levels, 1000)
     with pytest.raises(InvalidSchedule, match="ascending"):
-        reference_sigmas("leading_0", levels.flip(0), 10)
+        grid_sigmas("leading_0", levels.flip(0), 10)
     with pytest.raises(InvalidSchedule, match="zero terminal SNR"):
-        reference_sigmas("leading_0", torch.tensor([1.0, float("inf")]), 1)
+        grid_sigmas("leading_0", torch.tensor([1.0, float("inf")]), 1)
     with pytest.raises(InvalidSchedule, match="got shape"):
-        reference_sigmas("leading_0", levels[None], 10)
+        grid_sigmas("leading_0", levels[None], 10)
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ class DragOutcome:
 
 def reference_levels(host: ComfyHost, steps: int) -> Tensor:
     """The noise levels ``[steps + 1]`` of the authors' code."""
-    return reference_sigmas("leading_1", host.training_sigmas(), steps, parity=True)
+    return reference_sigmas("leading_1", host.training_sigmas(), steps)
 
 
 def drag_latent(
