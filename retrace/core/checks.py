@@ -156,7 +156,7 @@ def check_latent(name: str, samples: object, channels: int | None = None) -> Ten
     samples = _tensor(name, samples, needed)
     arrived = f"{name}: got {describe(samples)}, but {needed} is needed."
     if samples.ndim == 5:
-        raise InvalidImage(f"{arrived} Five dimensions are a video latent: use a model and VAE for still pictures.")
+        raise InvalidImage(f"{arrived} Five dimensions are a video latent: use a model and VAE for still images.")
     if samples.ndim != 4:
         raise InvalidImage(arrived, Remedy.ENCODE_IMAGE)
     if not samples.is_floating_point():

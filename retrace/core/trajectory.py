@@ -100,5 +100,5 @@ class Trajectory:
         if mine[0] != other[0] or (mine[1] and other[1] and mine[1] != other[1]):
             raise TrajectoryMismatch(
                 f"This inversion holds latents of another kind of model ({' '.join(mine)}; the connected model has "
-                f"{' '.join(other)}). Invert the picture with the connected model, or with one of its family."
+                f"{' '.join(other)}). Invert the image with the connected model, or with one of its family."
             )

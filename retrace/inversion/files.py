@@ -140,7 +140,7 @@ def load_with_extra(path: str | Path) -> tuple[Trajectory, dict[str, Tensor]]:
     except json.JSONDecodeError:
         report = None
     if not isinstance(report, dict):
-        _refuse(broken, "its report is no JSON object")
+        _refuse(broken, "its report is not a JSON object")
     words = [metadata.get(name, "") for name in ("fingerprint", "method", "latent_format")]
     return Trajectory(
         tensors["sigmas"], tensors["latents"], parametrisation, words[0], words[1], report, words[2]

@@ -111,7 +111,7 @@ def test_areas_beside_it_are_refused(newest_server: ComfyServer) -> None:
         "ConditioningSetArea", conditioning=["caption", 0], width=64, height=64, x=0, y=0, strength=1.0
     )
     graph["sample"]["inputs"]["positive"] = ["area", 0]
-    graphs.fails(newest_server, graph, "KSamplerAdvanced", "Null-text Optimizer: an area", "whole picture")
+    graphs.fails(newest_server, graph, "KSamplerAdvanced", "Null-text Optimizer: an area", "whole image")
 
 
 def test_the_second_edit_neither_inverts_nor_optimises(server: ComfyServer) -> None:

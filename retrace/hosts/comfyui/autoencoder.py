@@ -55,7 +55,7 @@ class ComfyAutoencoder:
         """See :meth:`Host.private_decoder`. Other models make room on the VAE's device first."""
         if latent.ndim != 4:
             raise UnsupportedModel(
-                f"This VAE makes latents of shape {list(latent.shape)}, and the decoder of a still picture (4 "
+                f"This VAE makes latents of shape {list(latent.shape)}, and the decoder of a still image (4 "
                 "dimensions) is needed. Choose the method 'poisson', which needs no VAE."
             )
         device = self.vae.device

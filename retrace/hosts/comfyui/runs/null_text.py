@@ -215,7 +215,7 @@ def _refuse_other_levels(executor: Executor, *args: Any, **kwargs: Any) -> Any:
             if len(ours) < len(cond):
                 raise InvalidInput(
                     "Null-text Optimizer: an area or a mask of the other conditioning needs a negative of its own, and "
-                    "the optimised one holds for the whole picture. Take 'Conditioning (Set Area)', 'Set Mask' or "
+                    "the optimised one holds for the whole image. Take 'Conditioning (Set Area)', 'Set Mask' or "
                     "'Combine' out of the sampler's positive."
                 )
             _check_step(ours, sigma, int(call["x_in"].shape[0]))
