@@ -47,7 +47,10 @@ class Keeps:
     def progress(self, *_: object) -> None: ...
 
 
-KEEPS: Any = Keeps()  # its conditions are tensors
+def painted_with(x0: torch.Tensor, sigmas: torch.Tensor, blend: Blend, aim: Any, *, settings: Sampling) -> torch.Tensor:
+    """What a model whose every estimate is ``aim`` paints."""
+    model: Any = Keeps()
+    return sample_blended(model, x0, sigmas, blend, aim, settings=settings)
 
 
 def trajectory() -> Trajectory:
@@ -178,7 +181,7 @@ def test_bad_input_is_named() -> None:
 def test_sampling_paints_inside_the_mask_and_returns_the_source_outside() -> None:
     blend = Blend(source(), half_mask(), "eps")
     painted = torch.full((1, 4, 6, 8), 2.0)
-    out = sample_blended(KEEPS, painted, SIGMAS, blend, torch.full_like(painted, 5.0), settings=Sampling(20.0))  # type: ignore[arg-type]
+    out = painted_with(painted, SIGMAS, blend, torch.full_like(painted, 5.0), settings=Sampling(20.0))
     assert torch.equal(out[..., :4], torch.full((1, 4, 6, 4), 5.0))
     assert torch.equal(out[..., 4:], source()[..., 4:])
 
@@ -190,7 +193,7 @@ def test_a_closing_step_between_equal_levels_still_ends_on_the_background_of_tha
     assert sigmas[-1] == sigmas[-2] > 0
     blend = Blend(torch.zeros(1, 4, 32, 32), half_mask(32, 32), "eps", BlendSettings(noise=noise, level="current"))
     x0 = torch.zeros(1, 4, 32, 32)
-    out = sample_blended(KEEPS, x0, sigmas, blend, torch.full_like(x0, 5.0), settings=Sampling(20.0))  # type: ignore[arg-type]
+    out = painted_with(x0, sigmas, blend, torch.full_like(x0, 5.0), settings=Sampling(20.0))
     lowest = float(sigmas[-1])
     assert lowest == pytest.approx(0.029, abs=5e-4)
     assert float(out[..., 4:].std()) == pytest.approx(lowest, rel=0.05)
@@ -234,7 +237,7 @@ class TestReferences:
     def test_an_end_without_a_paste(self) -> None:
         x0, aim = torch.zeros(1, 4, 6, 8), torch.full((1, 4, 6, 8), 5.0)
         blend = Blend(source(), half_mask(), "eps", BlendSettings.reference("ldm"))
-        out = sample_blended(KEEPS, x0, SIGMAS, blend, aim, settings=Sampling(20.0))  # type: ignore[arg-type]
+        out = painted_with(x0, SIGMAS, blend, aim, settings=Sampling(20.0))
         assert torch.equal(out, aim)  # the last step's estimate, also outside the mask
 
     def test_starts(self) -> None:
@@ -277,7 +280,7 @@ class TestReferences:
         for level in ("next", "current"):
             pixels = PixelBlending(codec, image, mask, share=0.4, level=level)
             assert pixels.first(3) == 1 and pixels.first(50) == 30
-            out = sample_blended(KEEPS, x0, SIGMAS, blend, aim, settings=Sampling(20.0, pixels=pixels))  # type: ignore[arg-type]
+            out = painted_with(x0, SIGMAS, blend, aim, settings=Sampling(20.0, pixels=pixels))
             if level == "next":
                 torch.testing.assert_close(out, pasted)
                 continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from typing import Any
+from collections.abc import Callable
 
 import numpy
 import pytest
@@ -288,6 +288,6 @@ def test_inward_feather_stays_inside() -> None:
 
 @pytest.mark.parametrize("function", [feather, feather_inward])
 @pytest.mark.parametrize("radius", [-1, float("nan"), "2"])
-def test_a_radius_that_is_none(function: Any, radius: Any) -> None:
+def test_a_radius_that_is_none(function: Callable[[torch.Tensor, float], torch.Tensor], radius: float) -> None:
     with pytest.raises(InvalidSetting, match="radius: got"):
         function(torch.ones(1, 4, 4), radius)
