@@ -234,7 +234,7 @@ def test_what_cannot_be_loaded(no_network: None, tiny: Any, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("architecture", "words"),
-    [("ViT-Z-99", "no architecture 'ViT-Z-99'"), ("ViT-B-16-SigLIP", "no plain CLIP"), ("coca_ViT-B-32", "no plain")],
+    [("ViT-Z-99", "no architecture 'ViT-Z-99'"), ("ViT-B-16-SigLIP", "not a plain CLIP"), ("coca_ViT-B-32", "not a plain")],
 )
 def test_architectures_that_one_file_does_not_make(tmp_path: Path, architecture: str, words: str) -> None:
     with pytest.raises(UnsupportedModel, match=words):
