@@ -157,7 +157,8 @@ class TestRefusals:
             "BasicScheduler", model=["pebble", 0], scheduler="karras", steps=STEPS, denoise=1.0
         )
         graph["sample"]["inputs"]["sigmas"] = ["other", 0]
-        graphs.fails(server, graph, "SamplerCustom", "Edit-friendly Inverter: The sampler asks for 6 step(s)", "SIGMAS")
+        words = ("Edit-friendly Inverter: The sampler asks for 6 step(s)", "Sample with the sigmas of the inversion")
+        graphs.fails(server, graph, "SamplerCustom", *words)
 
     def test_another_size_or_batch(self, newest_server: ComfyServer) -> None:
         graph = reconstruction()

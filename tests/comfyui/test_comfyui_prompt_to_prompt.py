@@ -122,18 +122,18 @@ def test_a_closing_step_between_equal_levels_blends(newest_server: ComfyServer) 
 
 
 def test_later_windows_words_per_prompt_and_a_threshold_to_keep(newest_server: ComfyServer) -> None:
-    words: dict[str, Any] = {"blend_words": "circle, red | circle", "keep_words": "sand", "blend_threshold": 0.2}
-    starts: dict[str, Any] = {"cross_start": 0.25, "self_start": 0.2, "self_replace": 0.8, "keep_threshold": 0.9}
+    words: dict[str, Any] = {"blend_words": "sand | circle, blue", "keep_words": "red", "blend_threshold": 0.5}
+    starts: dict[str, Any] = {"cross_start": 0.25, "self_start": 0.5, "self_replace": 1.0, "keep_threshold": 0.9}
     source, batch = run(newest_server, edit(**words, **starts))
-    settings = library.PlanSettings(cross_replace=(0.25, 0.8), self_replace=(0.2, 0.8))
-    asked = library.BlendWords([["circle", "red"], ["circle"]], ["sand"], 0.2, 0.9)
+    settings = library.PlanSettings(cross_replace=(0.25, 0.8), self_replace=(0.5, 1.0))
+    asked = library.BlendWords([["sand"], ["circle", "blue"]], ["red"], 0.5, 0.9)
     torch.testing.assert_close(batch, by_library(source, settings, asked), rtol=1e-3, atol=1e-3)
     for left_out in ("cross_start", "self_start", "keep_threshold"):
         inputs = {**words, **{name: value for name, value in starts.items() if name != left_out}}
         _, other = run(newest_server, edit(**inputs))
         assert float((other[1] - batch[1]).abs().max()) > 1e-2, left_out
-    _, other = run(newest_server, edit(**{**words, "blend_words": "circle | circle"}, **starts))
-    assert float((other[1] - batch[1]).abs().max()) > 1e-2, "words of the source alone"
+    _, other = run(newest_server, edit(**{**words, "blend_words": "circle | circle, blue"}, **starts))
+    assert float((other[1] - batch[1]).abs().max()) > 1e-2, "the words of the source"
 
 
 def test_one_batch_or_condition_after_condition(newest_server: ComfyServer) -> None:
