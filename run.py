@@ -1,6 +1,6 @@
 """Retrace without ComfyUI: `python run.py demo`, `python run.py edit ...`, `python run.py test`.
 
-This file needs nothing but Python. It makes a virtual environment in `.venv` beside it, installs what the command
+This file needs nothing but Python. It makes a virtual environment beside it, installs what the command
 needs, and starts itself again in there; the second time that takes no time.
 """
 
@@ -17,6 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
+# Apart from the other, because what only the tests need may not go with its torch (a torchvision of another build).
+TEST_VENV = ROOT / ".venv-test"
 
 # The versions that were tested, for this environment only: pyproject.toml leaves them open, so that a ComfyUI keeps its
 # own. Macs with Intel processors have no such wheel and get the newest there is.
@@ -81,7 +83,12 @@ def _list(name: str) -> list[str]:
     return [str(item) for item in ast.literal_eval(found.group(1))]
 
 
-def venv_python(venv: Path = VENV) -> Path:
+def venv_of(command: str) -> Path:
+    """The folder of the environment that runs ``command``."""
+    return TEST_VENV if command == "test" else VENV
+
+
+def venv_python(venv: Path) -> Path:
     return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
@@ -89,16 +96,16 @@ def stamp(command: str) -> tuple[Path, str]:
     """The file that says what is installed for a command, and what it must contain."""
     group = "test" if command == "test" else "standalone"
     content = "\n".join(requirements(command))
-    return VENV / f"retrace-{group}.stamp", hashlib.sha256(content.encode()).hexdigest()
+    return venv_of(command) / f"retrace-{group}.stamp", hashlib.sha256(content.encode()).hexdigest()
 
 
 def ready(command: str) -> bool:
     file, content = stamp(command)
-    return venv_python().is_file() and file.is_file() and file.read_text(encoding="utf-8") == content
+    return venv_python(venv_of(command)).is_file() and file.is_file() and file.read_text(encoding="utf-8") == content
 
 
 def make_environment(command: str) -> None:
-    """Create `.venv` if it is not there, and install what ``command`` needs.
+    """Create the environment if it is not there, and install what ``command`` needs.
 
     Raises:
         SetupError: Python is too old or has no venv module, or pip failed (its own message was printed).
@@ -109,19 +116,20 @@ def make_environment(command: str) -> None:
         )
     if ready(command):
         return
-    print(f"Preparing the environment in {VENV} (the first time only; about 1 GB with torch) ...", flush=True)
-    if not venv_python().is_file():
+    place = venv_of(command)
+    print(f"Preparing the environment in {place} (the first time only; about 1 GB with torch) ...", flush=True)
+    if not venv_python(place).is_file():
         try:
             import venv
 
-            venv.EnvBuilder(with_pip=True, clear=True).create(VENV)
+            venv.EnvBuilder(with_pip=True, clear=True).create(place)
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
             raise SetupError(
-                f"A virtual environment cannot be made in {VENV} ({error}). Debian and Ubuntu need the package "
+                f"A virtual environment cannot be made in {place} ({error}). Debian and Ubuntu need the package "
                 "python3-venv; else check that the folder is writable."
             ) from error
     file, content = stamp(command)
-    pip = [str(venv_python()), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    pip = [str(venv_python(place)), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
     if subprocess.call([*pip, *requirements(command)]) != 0:
         raise SetupError(
             "The packages were not installed; pip's message is above. Check the network connection (a proxy or mirror "
@@ -132,8 +140,8 @@ def make_environment(command: str) -> None:
     replace_file(file, content.encode())
 
 
-def inside() -> bool:
-    return Path(sys.prefix).resolve() == VENV.resolve()
+def inside(command: str) -> bool:
+    return Path(sys.prefix).resolve() == venv_of(command).resolve()
 
 
 def run_tests(pytest_arguments: list[str], everything: bool = False) -> int:
@@ -160,11 +168,13 @@ def main(argv: list[str]) -> int:
     else:
         options = arguments().parse_args(argv)
     try:
-        if not inside():
+        if not inside(options.command):
             make_environment(options.command)
             # Windows would read and print in the language of the system, which has no room for other ones.
             environment = {"PYTHONUTF8": "1", **os.environ}
-            return subprocess.call([str(venv_python()), str(ROOT / "run.py"), *argv], env=environment)
+            return subprocess.call(
+                [str(venv_python(venv_of(options.command))), str(ROOT / "run.py"), *argv], env=environment
+            )
         if options.command == "test":
             return run_tests(options.pytest, options.everything)
         sys.path.insert(0, str(ROOT))

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from retrace.core.errors import InvalidFile, InvalidImage, MissingPackage, UnsupportedModel
 from retrace.models.clip.files import find_weights
@@ -117,10 +116,6 @@ def test_moving_there_and_back(pebble: ImageTextModel) -> None:
         assert moved.encode_images(images(1)).shape == (1, 64)
         pebble.model = load_image_text_model().model  # what was on meta has no values to come back with
     assert pebble.device.type == "cpu" and pebble.bytes > 1_000_000
-
-
-def no_words(texts: list[str]) -> Tensor:
-    raise AssertionError(texts)
 
 
 def test_visual_tokens(pebble: ImageTextModel, tiny: Any) -> None:
@@ -234,7 +229,11 @@ def test_what_cannot_be_loaded(no_network: None, tiny: Any, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("architecture", "words"),
-    [("ViT-Z-99", "no architecture 'ViT-Z-99'"), ("ViT-B-16-SigLIP", "not a plain CLIP"), ("coca_ViT-B-32", "not a plain")],
+    [
+        ("ViT-Z-99", "no architecture 'ViT-Z-99'"),
+        ("ViT-B-16-SigLIP", "not a plain CLIP"),
+        ("coca_ViT-B-32", "not a plain CLIP"),
+    ],
 )
 def test_architectures_that_one_file_does_not_make(tmp_path: Path, architecture: str, words: str) -> None:
     with pytest.raises(UnsupportedModel, match=words):

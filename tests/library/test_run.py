@@ -31,6 +31,7 @@ def run(tmp_path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.VENV = tmp_path / ".venv"  # type: ignore[attr-defined]
+    module.TEST_VENV = tmp_path / ".venv-test"  # type: ignore[attr-defined]
     return module
 
 
@@ -109,10 +110,16 @@ def test_a_failed_installation_is_not_remembered(run: Any, monkeypatch: pytest.M
     assert run.main(["demo"]) == 2
 
 
+def test_what_only_the_tests_need_does_not_reach_the_demo(run: Any) -> None:
+    """A torchvision of another build than the torch beside it would stop the demo."""
+    assert run.stamp("demo")[0].parent == run.stamp("edit")[0].parent == run.venv_of("demo") == run.VENV
+    assert run.stamp("test")[0].parent == run.venv_of("test") == run.TEST_VENV != run.VENV
+
+
 def test_the_command_is_passed_on_with_its_arguments(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[list[str]] = []
     environments: list[dict[str, str]] = []
-    monkeypatch.setattr(run, "inside", lambda: False)
+    monkeypatch.setattr(run, "inside", lambda command: False)
     monkeypatch.setattr(run, "make_environment", lambda command: None)
 
     def call(command: list[str], env: dict[str, str]) -> int:
@@ -157,7 +164,7 @@ def test_slow_tests_run_when_asked_for(
     run: Any, monkeypatch: pytest.MonkeyPatch, argv: list[str], before: list[str], pytest_gets: list[str]
 ) -> None:
     calls: list[list[str]] = []
-    monkeypatch.setattr(run, "inside", lambda: True)
+    monkeypatch.setattr(run, "inside", lambda command: True)
 
     def call(command: list[str], **_: object) -> int:
         calls.append(command)

@@ -16,7 +16,7 @@ PACK_NAME = "ComfyUI-Retrace"
 PACK_ROOT = Path(__file__).absolute().parents[2]
 # What a copied pack does not need (a linked one brings everything).
 _NOT_COPIED = shutil.ignore_patterns(
-    ".git", ".venv", "venv", "__pycache__", ".*_cache", "output", "tests", "benchmarks"
+    ".git", ".venv*", "venv", "__pycache__", ".*_cache", "output", "tests", "benchmarks"
 )
 
 
