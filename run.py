@@ -172,9 +172,8 @@ def main(argv: list[str]) -> int:
             make_environment(options.command)
             # Windows would read and print in the language of the system, which has no room for other ones.
             environment = {"PYTHONUTF8": "1", **os.environ}
-            return subprocess.call(
-                [str(venv_python(venv_of(options.command))), str(ROOT / "run.py"), *argv], env=environment
-            )
+            python = venv_python(venv_of(options.command))
+            return subprocess.call([str(python), str(ROOT / "run.py"), *argv], env=environment)
         if options.command == "test":
             return run_tests(options.pytest, options.everything)
         sys.path.insert(0, str(ROOT))

@@ -242,7 +242,7 @@ def _config(open_clip: ModuleType, architecture: str) -> Facts:
     hub = {"hf_model_name", "hf_tokenizer_name"} & set(config["text_cfg"])
     if hub or config.get("custom_text") or "multimodal_cfg" in config:
         raise UnsupportedModel(
-            f"The architecture '{architecture}' is not a plain CLIP (its text side is built or tokenised by other files, "
-            f"which would be downloaded). Choose another one, for example {ARCHITECTURES[0]}."
+            f"The architecture '{architecture}' is not a plain CLIP (its text side is built or tokenised by other "
+            f"files, which would be downloaded). Choose another one, for example {ARCHITECTURES[0]}."
         )
     return config
