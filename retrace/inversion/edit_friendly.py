@@ -53,10 +53,11 @@ class EditFriendly:
         path = self.trajectory
         steps, images = self.noises.shape[:2]
         together = int(path.fact("batch"))
+        at_a_time = f"{together} steps at a time" if together > 1 else "one step at a time"
         lines = [
             f"edit_friendly, {steps} steps, {images} image(s), guidance {self.scale:g}, seed {path.report['seed']}",
             f"start at noise level {float(path.sigmas[0]):.3f}",
-            f"{path.cost()}, {together} step{'s' if together > 1 else ''} at a time",
+            f"{path.fact('evaluations'):g} network evaluations, {at_a_time}, {path.fact('seconds'):.1f} s",
         ]
         strengths = path.report["strengths"]
         if isinstance(strengths, list) and strengths:

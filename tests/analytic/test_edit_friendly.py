@@ -265,10 +265,10 @@ def test_it_says_whose_it_is_and_what_it_cost() -> None:
     lines = found.text(321).splitlines()
     assert lines[0] == "edit_friendly, 8 steps, 2 image(s), guidance 3.5, seed 3"
     assert lines[1] == f"start at noise level {float(found.trajectory.sigmas[0]):.3f}"
-    assert lines[2].startswith("32 network evaluations, ") and lines[2].endswith(" s, 4 steps at a time")
+    assert lines[2].startswith("32 network evaluations, 4 steps at a time, ") and lines[2].endswith(" s")
     assert f"{sum(strengths) / 7:.2f} on average, {max(strengths):.2f} at most" in lines[3] and len(strengths) == 7
     assert lines[4:] == ["peak memory 321 MB"]
-    assert ", 1 step at a time" in inverted(model, x0, grid("eps", 8), source, empty, batch=1).text()
+    assert ", one step at a time, " in inverted(model, x0, grid("eps", 8), source, empty, batch=1).text()
 
 
 def test_fewer_steps_stay_closer() -> None:

@@ -146,7 +146,7 @@ def test_what_cannot_be_dragged_is_said(server: ComfyServer) -> None:
     area["area"] = graphs.node(
         "ConditioningSetArea", conditioning=["caption", 0], width=64, height=128, x=0, y=0, strength=1.0
     )
-    graphs.fails(server, area, optimiser, "positive", "a part of the picture")
+    graphs.fails(server, area, optimiser, "positive", "a part of the image")
     late = dragged(positive=["late", 0])
     late["late"] = graphs.node("ConditioningSetTimestepRange", conditioning=["caption", 0], start=0.8, end=1.0)
     graphs.fails(server, late, optimiser, "positive", "a part of the steps")

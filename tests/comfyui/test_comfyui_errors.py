@@ -104,7 +104,7 @@ class TestWithModel:
 
     def test_trajectory_noise_without_trajectory(self, newest_server: ComfyServer) -> None:
         graph = graphs.blended(noise="trajectory")
-        graphs.fails(newest_server, graph, "RetraceBlendStep", "Blend Step:", "noise:", "Connect a 'DDIM Inverter'")
+        graphs.fails(newest_server, graph, "RetraceBlendStep", "Blend Step:", "noise:", "Connect 'DDIM Inverter'")
 
     def test_latent_of_another_kind_of_model(self, server: ComfyServer) -> None:
         graph = graphs.blended(source=["wide", 0])
@@ -115,7 +115,9 @@ class TestWithModel:
         graph = graphs.blended()
         graph["large"] = graphs.node("EmptyLatentImage", width=192, height=128, batch_size=1)
         graph["sample"]["inputs"]["latent_image"] = ["large", 0]
-        graphs.fails(newest_server, graph, "KSampler", "Blend Step keeps a source latent", "size of the source")
+        graphs.fails(
+            newest_server, graph, "KSampler", "Blend Step: Blending keeps a source latent", "size of the source"
+        )
 
     def test_sampling_from_above_the_trajectory(self, newest_server: ComfyServer) -> None:
         graph = graphs.blended(source=None, trajectory=["invert", 1], noise="trajectory")

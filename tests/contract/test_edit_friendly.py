@@ -182,7 +182,7 @@ class TestInsideComfyUI:
             host.encode_text(PROMPTS[2]), {"start_percent": 0.5, "end_percent": 1.0}
         )
         samples, found, given = self.make(host, positive=early + late)
-        assert found.trajectory.report["batch"] == 1 and ", 1 step at a time" in found.text()
+        assert found.trajectory.report["batch"] == 1 and ", one step at a time, " in found.text()
         assert latent_psnr(self.sample(host, found, given), samples) > 80
 
     def test_the_report(self, comfy_subject: Any) -> None:
@@ -190,8 +190,7 @@ class TestInsideComfyUI:
         text = found.text(12)
         for words in (
             f"edit_friendly, {STEPS - 1} steps, 2 image(s), guidance 3.5, seed 1",
-            f"{2 * 2 * (STEPS - 1)} network evaluations, ",
-            " s, 3 steps at a time",
+            f"{2 * 2 * (STEPS - 1)} network evaluations, 3 steps at a time, ",
             "strength of the noises",
             "peak memory 12 MB",
         ):

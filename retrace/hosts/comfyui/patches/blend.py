@@ -48,6 +48,7 @@ class _BlendPatch(RunPatch):
     """The wrappers of one Blend Step."""
 
     key = "retrace_blend"
+    node = "Blend Step"
 
     def __init__(self, blend: Blend) -> None:
         super().__init__()

@@ -79,6 +79,7 @@ class _ClipGuidancePatch(RunPatch):
     """The wrappers of one CLIP Guidance."""
 
     key = "retrace_clip_guidance"
+    node = "CLIP Guidance"
 
     def __init__(self, host: ComfyHost, guidance: ClipGuidance, schedule: Schedule, seed: int) -> None:
         super().__init__()

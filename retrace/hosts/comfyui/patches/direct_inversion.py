@@ -50,6 +50,7 @@ class _DirectInversionRun:
 
 class _DirectInversionPatch(RunPatch):
     key = "retrace_direct_inversion"
+    node = "Direct Inversion"
     first = True  # a local blend takes the source as it then is
 
     def __init__(self, trajectory: Trajectory) -> None:

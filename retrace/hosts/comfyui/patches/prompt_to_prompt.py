@@ -93,6 +93,7 @@ class _PromptToPromptRun:
 
 class _PromptToPromptPatch(RunPatch):
     key = "retrace_prompt_to_prompt"
+    node = "Prompt-to-Prompt"
 
     def __init__(self, edit: PromptToPrompt) -> None:
         super().__init__()

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import comfy.patcher_extension
 import torch
 from torch import Tensor
 
+from ....core.errors import RetraceError
 from ..calls import PredictionCall, SamplerCall
 from ..types import Executor, Model
+
+
+@contextmanager
+def signed(node: str) -> Iterator[None]:
+    """Errors of the library that come up inside begin with the name of ``node``."""
+    try:
+        yield
+    except RetraceError as error:
+        if str(error).startswith(node):
+            raise
+        raise type(error)(f"{node}: {error}") from error
 
 
 class Run(Protocol):
@@ -31,6 +45,7 @@ class RunPatch:
     """
 
     key = "retrace"
+    node = "Retrace"  # whose errors these are: they come up in the sampler
     first = False
     flow = False  # whether the model is a flow model, whose core divides the result of an early stop by 1 - sigma
 
@@ -56,7 +71,8 @@ class RunPatch:
         call.sampler = getattr(executor, "class_obj", None)
         # A copy, because some samplers (uni_pc) write into their list of sigmas.
         sigmas: Tensor = call["sigmas"].clone()
-        run = self.begin(call)
+        with signed(self.node):
+            run = self.begin(call)
         self.runs[id(call["model_wrap"])] = run
         try:
             samples: Tensor = call.run(executor)
@@ -65,7 +81,8 @@ class RunPatch:
         # A sampler that stops early gives back a noisy latent, which flow models also divide by 1 - sigma.
         last = float(sigmas[-1])
         rescale = 1 - last if self.flow and 0 < last < 1 else 1.0
-        return run.finish(samples * rescale) / rescale
+        with signed(self.node):
+            return run.finish(samples * rescale) / rescale
 
     def predict(self, executor: Executor, *args: Any, **kwargs: Any) -> Tensor:
         """Around every guided prediction. The sampler's own tensor is changed, so that its step starts from there."""
@@ -73,7 +90,8 @@ class RunPatch:
         call = PredictionCall(args, kwargs)
         if run is not None:
             x: Tensor = call["x"]
-            changed = run(x, float(torch.as_tensor(call["timestep"]).max()))
+            with signed(self.node):
+                changed = run(x, float(torch.as_tensor(call["timestep"]).max()))
             if x.requires_grad or (x.is_inference() and not torch.is_inference_mode_enabled()):
                 # Such a tensor must not be written. The model still sees the change, and the end of the run is exact.
                 call["x"] = changed
