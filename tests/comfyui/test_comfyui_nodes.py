@@ -96,7 +96,7 @@ def test_errors_name_nodes_that_there_are(newest_server: ComfyServer) -> None:
     )
     texts = [text.value for text in ast.walk(wires) if isinstance(text, ast.Constant)]
     named = {name for text in texts for name in re.findall(r"'([A-Z][^']*)'", str(text))}
-    titles = {node["display_name"] for node in newest_server.object_info().values()}
+    titles = {node["display_name"] or name for name, node in newest_server.object_info().items()}
     shown = {title.replace(" ", "") for title in titles} | {
         title.partition(" (")[0].replace(" ", "") for title in titles
     }
