@@ -121,19 +121,27 @@ def test_a_closing_step_between_equal_levels_blends(newest_server: ComfyServer) 
     torch.testing.assert_close(batch, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_later_windows_words_per_prompt_and_a_threshold_to_keep(newest_server: ComfyServer) -> None:
-    words: dict[str, Any] = {"blend_words": "sand | circle, blue", "keep_words": "red", "blend_threshold": 0.5}
-    starts: dict[str, Any] = {"cross_start": 0.25, "self_start": 0.5, "self_replace": 1.0, "keep_threshold": 0.9}
-    source, batch = run(newest_server, edit(**words, **starts))
+def test_later_windows_and_words_per_prompt(newest_server: ComfyServer) -> None:
+    given: dict[str, Any] = {"blend_words": "sand | circle, blue", "blend_threshold": 0.5}
+    given |= {"cross_start": 0.25, "self_start": 0.5, "self_replace": 1.0}
+    source, batch = run(newest_server, edit(**given))
     settings = library.PlanSettings(cross_replace=(0.25, 0.8), self_replace=(0.5, 1.0))
-    asked = library.BlendWords([["sand"], ["circle", "blue"]], ["red"], 0.5, 0.9)
+    asked = library.BlendWords([["sand"], ["circle", "blue"]], threshold=0.5)
     torch.testing.assert_close(batch, by_library(source, settings, asked), rtol=1e-3, atol=1e-3)
-    for left_out in ("cross_start", "self_start", "keep_threshold"):
-        inputs = {**words, **{name: value for name, value in starts.items() if name != left_out}}
-        _, other = run(newest_server, edit(**inputs))
+    for left_out in ("cross_start", "self_start"):
+        _, other = run(newest_server, edit(**{name: value for name, value in given.items() if name != left_out}))
         assert float((other[1] - batch[1]).abs().max()) > 1e-2, left_out
-    _, other = run(newest_server, edit(**{**words, "blend_words": "circle | circle, blue"}, **starts))
+    _, other = run(newest_server, edit(**{**given, "blend_words": "circle | circle, blue"}))
     assert float((other[1] - batch[1]).abs().max()) > 1e-2, "the words of the source"
+
+
+def test_a_threshold_to_keep_of_its_own(newest_server: ComfyServer) -> None:
+    given: dict[str, Any] = {"blend_words": "circle", "keep_words": "red", "blend_threshold": 0.3}
+    (_, same), (_, plain), (_, high) = (
+        run(newest_server, edit(**given, **own)) for own in ({"keep_threshold": 0.3}, {}, {"keep_threshold": 0.9})
+    )
+    assert torch.equal(same, plain)
+    assert float((high[1] - plain[1]).abs().max()) > 1e-2
 
 
 def test_one_batch_or_condition_after_condition(newest_server: ComfyServer) -> None:
