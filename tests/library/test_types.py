@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 NAME = "_settings_of_a_test.py"
 NODE = """\
-from ..retrace.drag.latent.edit import DragSettings
+from ..retrace.drag.latent.settings import DragSettings
 
 DragSettings(mode={mode!r}, stop_radius={radius!r})
 """
