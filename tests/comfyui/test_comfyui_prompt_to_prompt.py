@@ -137,9 +137,8 @@ def test_later_windows_and_words_per_prompt(newest_server: ComfyServer) -> None:
 
 def test_a_threshold_to_keep_of_its_own(newest_server: ComfyServer) -> None:
     given: dict[str, Any] = {"blend_words": "circle", "keep_words": "red", "blend_threshold": 0.3}
-    (_, same), (_, plain), (_, high) = (
-        run(newest_server, edit(**given, **own)) for own in ({"keep_threshold": 0.3}, {}, {"keep_threshold": 0.9})
-    )
+    own: list[dict[str, Any]] = [{"keep_threshold": 0.3}, {}, {"keep_threshold": 0.9}]
+    (_, same), (_, plain), (_, high) = (run(newest_server, edit(**given, **one)) for one in own)
     assert torch.equal(same, plain)
     assert float((high[1] - plain[1]).abs().max()) > 1e-2
 
